@@ -1,0 +1,122 @@
+# `make help` lists what there is to do. Everything is installed from PyPI into .venv, nowhere else.
+
+# --- Settings: give them on the command line, for example `make test PYTHON=python3.12` ---------------
+# PYTHON         interpreter that .venv is made with: 3.11, 3.12 or 3.13
+# PYTHON_LATEST  interpreter for check-latest: 3.12 or newer
+# ACCELERATOR    cuda, cuda12, cuda13 or tpu: adds that build of jax to .venv, at the pinned version
+# PYTEST_ARGS    passed to pytest, for example PYTEST_ARGS='-k memory -x'
+# LOCK_ARGS      passed to uv, for example LOCK_ARGS=--upgrade
+VENV ?= .venv
+VENV_LATEST ?= .venv-latest
+PYTHON_LATEST ?= python3.13
+ACCELERATOR ?=
+PYTEST_ARGS ?=
+LOCK_ARGS ?=
+
+# Programs compiled by XLA are kept between runs.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+
+# Prints "3.11" for an interpreter that can make our environment, else nothing.
+USABLE := -c 'import ensurepip, sys, venv; v = sys.version_info[:2]; \
+  (3, 11) <= v <= (3, 13) and print("%d.%d" % v)' 2>/dev/null
+ifndef PYTHON
+PYTHON := $(shell for p in python3.11 python3 python3.12 python3.13; do \
+  test -n "$$($$p $(USABLE))" && echo $$p && break; done)
+endif
+PY_VERSION := $(if $(PYTHON),$(shell $(PYTHON) $(USABLE)))
+
+ifneq ($(filter-out cuda cuda12 cuda13 tpu,$(ACCELERATOR)),)
+$(error ACCELERATOR=$(ACCELERATOR) is unknown: use cuda, cuda12, cuda13 or tpu)
+endif
+
+PY := $(VENV)/bin/python
+PIP := -m pip install --quiet --disable-pip-version-check --no-input
+# One stamp a set of packages. A stamp older than its requirements file is stale; one of another Python
+# version does not count, and .venv is made anew.
+STAMP := $(VENV)/.installed-$(PY_VERSION)
+ACCELERATED := $(addprefix $(STAMP)-,$(ACCELERATOR))
+RUN := $(STAMP)-run $(ACCELERATED)
+DEV := $(STAMP)-dev $(ACCELERATED)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help quickstart test check-latest check-kill check-memory bench lint typecheck format lock clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
+	  awk -F '\t' '{ printf "  make %-14s %s\n", $$1, $$2 }'
+	@echo "Settings: PYTHON PYTHON_LATEST ACCELERATOR=cuda|cuda12|cuda13|tpu PYTEST_ARGS LOCK_ARGS (see the top of Makefile)"
+
+quickstart: $(RUN) ## train a tiny model on a small task and show that it answers
+	$(PY) quickstart.py --workdir runs/quickstart
+
+test: $(DEV) ## run the whole test suite (with the torch oracle on Python 3.11)
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+check-latest: ## run the tests against the newest jax, flax and all else, in .venv-latest
+	@py=; for p in "$(PYTHON_LATEST)" "$$(pyenv root 2>/dev/null)"/versions/3.13*/bin/python; do \
+	  if "$$p" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; \
+	  then py="$$p"; break; fi; done; \
+	if test -z "$$py"; then echo "error: PYTHON_LATEST=$(PYTHON_LATEST) is not a working Python 3.12 or newer:" \
+	  "install Python 3.13 or pass PYTHON_LATEST=/path/to/python3.13" >&2; exit 1; fi; \
+	echo "Creating $(VENV_LATEST) with the newest packages that pyproject.toml allows (about 1 GB)"; \
+	"$$py" -m venv --clear $(VENV_LATEST)
+	@$(VENV_LATEST)/bin/python $(PIP) --upgrade --editable '.[run,test]'
+	@$(VENV_LATEST)/bin/python -m pip list --disable-pip-version-check | \
+	  grep -E '^(jax|jaxlib|flax|numpy|optax|orbax-checkpoint|transformers|av) '
+	$(VENV_LATEST)/bin/python -m pytest $(PYTEST_ARGS)
+
+check-kill: $(RUN) ## kill a training run in the middle, resume it, compare with one never killed
+	$(PY) benchmarks/check_kill.py
+
+check-memory: $(RUN) ## measure that memory stays constant however long the video is
+	$(PY) benchmarks/check_memory.py
+
+bench: $(RUN) ## run every benchmark, each prints ratios
+	@set -e; for script in $(filter-out benchmarks/check_% benchmarks/\_%,$(sort $(wildcard benchmarks/*.py))); do \
+	  echo "== $$script"; $(PY) $$script; done
+
+lint: $(DEV) ## check style: ruff check, ruff format
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+
+format: $(DEV) ## correct style where ruff can
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
+
+typecheck: $(DEV) ## check the types of adacm2_jax with mypy
+	$(PY) -m mypy
+
+COMPILE := pip compile --quiet --universal --python-version 3.11 --custom-compile-command 'make lock' $(LOCK_ARGS)
+lock: $(DEV) ## pin requirements.txt and requirements-dev.txt anew (LOCK_ARGS=--upgrade: newest versions)
+	$(PY) -m uv $(COMPILE) pyproject.toml --extra run --output-file requirements.txt
+	$(PY) -m uv $(COMPILE) pyproject.toml --extra run --extra dev --group parity \
+	  --constraint requirements.txt --output-file requirements-dev.txt
+
+clean: ## remove environments, caches and build output (runs/ stays)
+	rm -rf $(VENV) $(VENV_LATEST) .cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- Environments ------------------------------------------------------------------------------------
+
+$(STAMP)-base:
+	@test -n "$(PY_VERSION)" || { echo "error: PYTHON=$(PYTHON) is not a working Python 3.11, 3.12 or 3.13 with venv:" \
+	  "install one or pass PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "Creating $(VENV) with Python $(PY_VERSION)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(STAMP)-run: requirements.txt $(STAMP)-base
+	@echo "Installing requirements.txt into $(VENV) (about 1 GB)"
+	@$(PY) $(PIP) --requirement requirements.txt
+	@touch $@
+
+$(STAMP)-dev: requirements-dev.txt requirements.txt $(STAMP)-base
+	@echo "Installing requirements-dev.txt into $(VENV) (about 2 GB)"
+	@$(PY) $(PIP) --requirement requirements-dev.txt
+	@touch $(STAMP)-run $@
+
+$(addprefix $(STAMP)-,cuda cuda12 cuda13 tpu): $(STAMP)-%: requirements.txt | $(STAMP)-run
+	@echo "Installing jax[$*] into $(VENV) at the pinned version"
+	@$(PY) $(PIP) --constraint requirements.txt 'jax[$*]'
+	@touch $@

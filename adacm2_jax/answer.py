@@ -1,0 +1,172 @@
+"""Videos in chunks, questions in text, answers out: inference with everything compiled once.
+
+One :class:`Answerer` may run several memory policies over the same frames, which pass through the
+ViT once: that is how policies are compared, and why their differences are the policies' own.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adacm2_jax.config import AdaCM2Config, MemoryConfig
+from adacm2_jax.errors import UserError
+from adacm2_jax.generate import GenerationConfig, generate
+from adacm2_jax.models.adacm2 import AdaCM2, Question, StreamState, init_state
+from adacm2_jax.processor import Processor
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One answer of the n best.
+
+    Attributes:
+      text: as the language model wrote it.
+      score: its (length-normalised) log-probability.
+    """
+
+    text: str
+    score: float
+
+
+@dataclasses.dataclass
+class Session:
+    """Some videos being read, with what each policy makes of them.
+
+    Attributes:
+      question: of every row, on the device.
+      states: by policy.
+      seconds: by policy, time spent so far; what all policies share is counted for each.
+    """
+
+    question: Question
+    states: dict[str, StreamState]
+    seconds: dict[str, float]
+
+
+class Answerer:
+    """The compiled functions of a model.
+
+    Args:
+      config: the model; its own memory is ignored.
+      params: its parameters.
+      processor: its tokenizers.
+      memories: the memory policies to run, by the name they are reported under.
+      generation: how answers are decoded.
+      rng_seed: for sampling.
+    """
+
+    def __init__(
+        self,
+        config: AdaCM2Config,
+        params: dict,
+        processor: Processor,
+        memories: dict[str, MemoryConfig],
+        generation: GenerationConfig,
+        rng_seed: int = 0,
+    ):
+        self._params, self._processor = params, processor
+        self._generation = dataclasses.replace(
+            generation, eos_ids=(processor.eos_id,), pad_id=processor.pad_id
+        )
+        self._rng = jax.random.key(rng_seed)
+        self.models = {
+            name: AdaCM2(dataclasses.replace(config, memory=memory))
+            for name, memory in memories.items()
+        }
+
+    def start(
+        self, questions: Sequence[str], total_frames: np.ndarray, seed: np.ndarray
+    ) -> Session:
+        """Empty memories for rows of questions.
+
+        Args:
+          questions: one a row; the k rows of one video stand together.
+          total_frames: int[B], frames that each row's video will have, 0 for an open end.
+          seed: uint32[B], of each row's video, for the random policy.
+
+        Raises:
+          UserError: if a question is too long, or policy ``full`` cannot hold a video.
+        """
+        question = jax.tree.map(jnp.asarray, self._processor.questions(questions))
+        longest = int(np.max(total_frames))
+        for name, model in self.models.items():
+            memory = model.config.memory
+            if memory.policy == "full" and longest > memory.max_frames:
+                raise UserError(
+                    f"policy {name!r} holds at most {memory.max_frames} frames, the video has "
+                    f"{longest}; raise memory.max_frames (for eval.py: eval.full_frames)"
+                )
+        states = {
+            name: init_state(model.config, jnp.asarray(total_frames), jnp.asarray(seed))
+            for name, model in self.models.items()
+        }
+        return Session(question, states, dict.fromkeys(states, 0.0))
+
+    def observe(self, session: Session, frames: np.ndarray, valid: np.ndarray) -> None:
+        """Reads a chunk into every policy's memory.
+
+        Args:
+          session: changed in place.
+          frames: uint8[videos, F, height, width, 3]; F is the same at every call.
+          valid: bool[videos, F].
+        """
+        start = time.perf_counter()
+        model = next(iter(self.models.values()))
+        features = jax.block_until_ready(_encode(model, self._params, frames))
+        shared = time.perf_counter() - start
+        for name, model in self.models.items():
+            start = time.perf_counter()
+            state = session.states[name]
+            state = _stream(model, self._params, features, valid, session.question, state)
+            session.states[name] = jax.block_until_ready(state)
+            session.seconds[name] += shared + time.perf_counter() - start
+
+    def answer(self, session: Session, name: str) -> list[list[Answer]]:
+        """The answers under one policy: for each row the n best, best first.
+
+        Raises:
+          UserError: if the visual tokens are not finite (damaged weights, or an overflow).
+        """
+        start = time.perf_counter()
+        state = session.states[name]
+        if not bool(jnp.isfinite(state.queries).all()):
+            raise UserError(
+                "the visual tokens are not finite: the parameters hold NaN or overflow in "
+                f"{self.models[name].config.dtype}; check the checkpoint, or use dtype float32"
+            )
+        self._rng, rng = jax.random.split(self._rng)
+        generated = _generate(
+            self.models[name], self._params, state, session.question, self._generation, rng
+        )
+        ids, scores = np.asarray(generated.ids), np.asarray(generated.scores)
+        session.seconds[name] += time.perf_counter() - start
+        return [
+            [
+                Answer(self._processor.decode(ids[row, best]), float(scores[row, best]))
+                for best in range(ids.shape[1])
+            ]
+            for row in range(ids.shape[0])
+        ]
+
+
+def kept_tokens(state: StreamState) -> np.ndarray:
+    """int[B]: live tokens of the fullest layer."""
+    return np.asarray(state.memory.length).max(axis=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(model: AdaCM2, params: dict, frames: jax.Array) -> jax.Array:
+    return model.apply({"params": params}, frames, method="encode_frames")
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
+def _stream(model, params, features, valid, question, state) -> StreamState:
+    return model.apply({"params": params}, features, valid, question, state, method="stream")
+
+
+_generate = jax.jit(generate, static_argnums=(0, 4))

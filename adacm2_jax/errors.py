@@ -1,0 +1,9 @@
+"""The error that is meant for the person at the keyboard."""
+
+
+class UserError(ValueError):
+    """Something in a configuration, a checkpoint or an input that its owner can put right.
+
+    The message is one line that names the thing, its value and the remedy; the scripts print it
+    without a traceback and exit with status 2.
+    """

@@ -1,0 +1,273 @@
+"""AdaCM²: the only file that knows all three networks.
+
+The walk, for B videos of any length::
+
+    frames uint8[B, F, H, W, 3]      a chunk of F frames
+      │ encode_frames                ViT                                      [B, F, P, V]
+      │ stream                       LayerNorm + temporal embedding, keys and values,
+      │                              Q-Former and memory, frame by frame      StreamState
+      ▼ … the next chunk, the same compiled step …
+    state.queries [B, N, E]          what the last frame left of the queries
+      │ visual_tokens                language projection                      [B, N, W]
+      ▼ + prompt                     LLM                                      answer
+
+Everything that persists is in :class:`StreamState`, an argument and a result. A question is a batch
+row beside its video: many questions about one video share ``encode_frames``.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from adacm2_jax.config import AdaCM2Config
+from adacm2_jax.memory import Retention, VideoMemory, init_memory
+from adacm2_jax.models.layers import ZEROS, Dense, LayerNorm, param
+from adacm2_jax.models.llama import KVCache, Llama, init_cache
+from adacm2_jax.models.qformer import Frames, QFormer
+from adacm2_jax.models.vit import VisionTransformer
+from adacm2_jax.policies import RetentionPlan, retention_plan
+
+#: CLIP's pixel statistics, for values in [0, 1].
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@struct.dataclass
+class StreamState:
+    """What is known of B videos (each with its question) after the frames seen so far."""
+
+    #: leaves [L, B, …]: the memory of every cross-attention layer.
+    memory: VideoMemory
+    #: [B, N, E]: the query rows after the last valid frame (zeros before the first).
+    queries: jax.Array
+    #: int32[B]: valid frames seen.
+    frames_seen: jax.Array
+    #: int32[B]: frames that the video will have, for the temporal embedding; 0 if nobody knows.
+    total_frames: jax.Array
+    #: uint32[B]: the videos' seeds for the random policy.
+    seed: jax.Array
+
+
+@struct.dataclass
+class Question:
+    """A batch of questions as both language networks read them."""
+
+    #: int32[B, R]: in the Q-Former's vocabulary, padded on the right.
+    qformer_ids: jax.Array
+    #: bool[B, R].
+    qformer_mask: jax.Array
+    #: int32[B, S]: in the LLM's vocabulary; padded on the left to generate, on the right to train.
+    llm_ids: jax.Array
+    #: bool[B, S].
+    llm_mask: jax.Array
+
+
+@functools.lru_cache(maxsize=64)
+def plan_for(config: AdaCM2Config) -> RetentionPlan:
+    """The retention counts of a model; raises ``UserError`` for ratios that have no bound."""
+    return retention_plan(
+        config.memory, config.vision.tokens_per_frame, config.qformer.num_cross_layers
+    )
+
+
+def init_state(
+    config: AdaCM2Config, total_frames: jax.Array, seed: jax.Array | None = None
+) -> StreamState:
+    """The state before the first frame.
+
+    Args:
+      config: the model.
+      total_frames: int32[B], frames that each video will have, or 0 for an open-ended stream.
+      seed: uint32[B] for the random policy; zeros by default.
+    """
+    q, dtype = config.qformer, jnp.dtype(config.dtype)
+    batch = total_frames.shape[0]
+    tokens = config.vision.tokens_per_frame
+    layer = init_memory(
+        batch, q.num_heads, q.width // q.num_heads, plan_for(config).capacity, tokens, dtype
+    )
+    return StreamState(
+        memory=jax.tree.map(
+            lambda leaf: jnp.broadcast_to(leaf, (q.num_cross_layers,) + leaf.shape), layer
+        ),
+        queries=jnp.zeros((batch, q.num_queries, q.width), dtype),
+        frames_seen=jnp.zeros((batch,), jnp.int32),
+        total_frames=jnp.asarray(total_frames, jnp.int32),
+        seed=jnp.zeros((batch,), jnp.uint32) if seed is None else jnp.asarray(seed, jnp.uint32),
+    )
+
+
+def temporal_position(index: jax.Array, total: jax.Array, rows: int) -> jax.Array:
+    """Where frame ``index`` of ``total`` stands in a table of ``rows``, float32, same shape.
+
+    Row by row while the table is long enough; spread evenly over it when the video is longer;
+    row by row and then the last row for ever when the length is unknown (``total`` 0).
+    """
+    spread = index * (rows - 1) / jnp.maximum(total - 1, 1)
+    return jnp.minimum(jnp.where(total > rows, spread, index), rows - 1).astype(jnp.float32)
+
+
+class AdaCM2(nn.Module):
+    """The model. Methods are called as ``model.apply({"params": params}, …, method="stream")``."""
+
+    config: AdaCM2Config
+
+    def setup(self):
+        c = self.config
+        self.vision = VisionTransformer(c.vision, c.remat)
+        self.ln_vision = LayerNorm(c.ln_vision_eps, "vision")
+        self.temporal_embed = param(
+            self,
+            "temporal_embed",
+            ZEROS,
+            (c.temporal_positions, c.vision.width),
+            ("frame", "vision"),
+        )
+        self.qformer = QFormer(c.qformer, c.vision.width, c.memory.score_rows, c.remat)
+        self.language_projection = Dense((c.qformer.width, c.llm.width), ("embed", "llm_embed"))
+        self.llm = Llama(c.llm, c.remat)
+
+    def encode_frames(self, frames: jax.Array) -> jax.Array:
+        """The ViT on a chunk: uint8[B, F, height, width, 3] → [B, F, P, V]."""
+        pixels = frames.astype(jnp.float32) / 255
+        pixels = (pixels - jnp.asarray(PIXEL_MEAN)) / jnp.asarray(PIXEL_STD)
+        flat = pixels.reshape((-1,) + frames.shape[2:]).astype(self.config.dtype)
+        features = self.vision(flat)
+        return features.reshape(frames.shape[:2] + features.shape[1:])
+
+    def stream(
+        self,
+        features: jax.Array,
+        valid: jax.Array,
+        question: Question,
+        state: StreamState,
+        deterministic: bool = True,
+    ) -> StreamState:
+        """Reads a chunk of frames: the step that is compiled once and serves every length.
+
+        Args:
+          features: [B, F, P, V], from :meth:`encode_frames`. With k questions a video, B / k rows:
+            row b of question and state belongs to video b // k.
+          valid: bool[B, F] or [B / k, F]; a padded frame changes nothing at all.
+          question: of each video.
+          state: after the frames before.
+          deterministic: false switches dropout on (needs the rng ``dropout``).
+        """
+        c = self.config
+        share = state.frames_seen.shape[0] // valid.shape[0]  # k, questions a video
+        valid = jnp.repeat(valid, share, axis=0)
+        index = state.frames_seen[:, None] + jnp.cumsum(valid, axis=1) - 1
+        index = jnp.maximum(index, 0).astype(jnp.int32)
+        position = temporal_position(index, state.total_frames[:, None], c.temporal_positions)
+        features = self.ln_vision(features)
+        features = features + self._temporal(position[::share]).astype(features.dtype)[:, :, None]
+        key, value = (jnp.repeat(kv, share, axis=2) for kv in self.qformer.project(features))
+        frames = Frames(key, value, index.T, valid.T)
+        queries, memory = self.qformer(
+            question.qformer_ids,
+            question.qformer_mask,
+            frames,
+            state.memory,
+            self._retention(state.seed),
+            deterministic,
+        )
+        last = jnp.max(jnp.where(valid, jnp.arange(valid.shape[1]), -1), axis=1)
+        newest = jnp.take_along_axis(queries, jnp.maximum(last, 0)[:, None, None, None], axis=1)
+        return state.replace(
+            memory=memory,
+            queries=jnp.where((last >= 0)[:, None, None], newest[:, 0], state.queries),
+            frames_seen=state.frames_seen + valid.sum(1, dtype=jnp.int32),
+        )
+
+    def visual_tokens(self, state: StreamState) -> jax.Array:
+        """The N tokens that stand for the video in the prompt, [B, N, W]."""
+        return self.language_projection(state.queries)
+
+    def answer_loss(
+        self, state: StreamState, question: Question, targets: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Cross-entropy of the answer, teacher-forced.
+
+        Args:
+          state: after the last frame.
+          question: its ``llm_ids`` hold prompt and answer, then padding (LAVIS's order).
+          targets: bool[B, S], true on the tokens of the answer, its end token included.
+
+        Returns:
+          float32 scalars: the mean loss a target token, and the share predicted exactly.
+        """
+        visual = self.visual_tokens(state)
+        tokens = self.llm.embed(question.llm_ids, visual.dtype)
+        mask = jnp.concatenate([jnp.ones(visual.shape[:2], bool), question.llm_mask], axis=1)
+        positions = jnp.broadcast_to(jnp.arange(mask.shape[1]), mask.shape)
+        hidden, _ = self.llm(jnp.concatenate([visual, tokens], axis=1), mask, positions)
+        logits = self.llm.logits(hidden[:, visual.shape[1] - 1 : -1])
+        log_probs = jax.nn.log_softmax(logits)
+        nll = -jnp.take_along_axis(log_probs, question.llm_ids[..., None], axis=-1)[..., 0]
+        count = jnp.maximum(targets.sum(), 1)
+        correct = (logits.argmax(-1) == question.llm_ids) & targets
+        return jnp.where(targets, nll, 0).sum() / count, correct.sum() / count
+
+    def prefill(
+        self, state: StreamState, question: Question, cache_length: int
+    ) -> tuple[jax.Array, KVCache]:
+        """Visual tokens and the (left-padded) prompt through the LLM.
+
+        Returns:
+          The logits of the first answer token, float32[B, vocabulary], and the KV cache with room
+          for ``cache_length`` places in all.
+        """
+        visual = self.visual_tokens(state)
+        tokens = self.llm.embed(question.llm_ids, visual.dtype)
+        mask = jnp.concatenate([jnp.ones(visual.shape[:2], bool), question.llm_mask], axis=1)
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        cache = init_cache(self.config.llm, mask.shape[0], cache_length, visual.dtype)
+        embeddings = jnp.concatenate([visual, tokens], axis=1)
+        hidden, cache = self.llm(embeddings, mask, positions, cache)
+        return self.llm.logits(hidden[:, -1]), cache
+
+    def decode(self, ids: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """One more token: int32[B] → its successor's logits float32[B, vocabulary], and the cache."""
+        positions = cache.mask.sum(axis=1, dtype=jnp.int32)[:, None]
+        embeddings = self.llm.embed(ids[:, None], cache.key.dtype)
+        mask = jnp.ones((ids.shape[0], 1), bool)
+        hidden, cache = self.llm(embeddings, mask, positions, cache)
+        return self.llm.logits(hidden[:, 0]), cache
+
+    def __call__(self, frames: jax.Array, question: Question) -> jax.Array:
+        """Touches every parameter, for ``init``: a whole clip to the first answer token's logits."""
+        valid = jnp.ones(frames.shape[:2], bool)
+        state = init_state(self.config, jnp.full((frames.shape[0],), frames.shape[1], jnp.int32))
+        state = self.stream(self.encode_frames(frames), valid, question, state)
+        length = self.config.qformer.num_queries + question.llm_ids.shape[1]
+        return self.prefill(state, question, length)[0]
+
+    def _temporal(self, position: jax.Array) -> jax.Array:
+        """Rows of the temporal table at fractional positions, float32[…] → [… , V]."""
+        low = jnp.floor(position).astype(jnp.int32)
+        high = jnp.minimum(low + 1, self.config.temporal_positions - 1)
+        share = (position - low)[..., None]
+        return self.temporal_embed[low] * (1 - share) + self.temporal_embed[high] * share
+
+    def _retention(self, seed: jax.Array) -> Retention:
+        plan = plan_for(self.config)
+        layers = jnp.arange(plan.recent.shape[0], dtype=jnp.uint32)[:, None]
+        return Retention(
+            recent=jnp.asarray(plan.recent),
+            older=jnp.asarray(plan.older),
+            seed=seed + layers * jnp.uint32(0x9E3779B9),
+            max_older=int(plan.older.max()),
+            ranking=plan.ranking,
+        )
+
+
+def init_params(config: AdaCM2Config, key: jax.Array):
+    """Fresh float32 parameters as boxed leaves that name their logical axes (``nn.unbox`` removes
+    the boxes); call it under ``jax.eval_shape`` for shapes alone."""
+    size = config.vision.image_size
+    ids, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
+    frames = jnp.zeros((1, 1, size, size, 3), jnp.uint8)
+    return AdaCM2(config).init(key, frames, Question(ids, mask, ids, mask))["params"]

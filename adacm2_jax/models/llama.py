@@ -1,0 +1,166 @@
+"""A LLaMA decoder (Vicuna-7B at full size), with grouped-query attention and an explicit KV cache.
+
+RMSNorm in float32, cast back before the weight; rotary positions in half-split (Hugging Face) order;
+SwiGLU; no biases. The same code serves training (no cache), prefill and decoding.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from adacm2_jax.config import LlamaConfig
+from adacm2_jax.models.layers import ONES, Dense, attention, embedding, param, rematerialised
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values of all layers, at a fixed length; an argument and a result of the decoder."""
+
+    #: [layers, B, length, KV heads, D].
+    key: jax.Array
+    #: [layers, B, length, KV heads, D].
+    value: jax.Array
+    #: bool[B, length]: which places hold a real token.
+    mask: jax.Array
+    #: int32: places written so far, the same for the whole batch.
+    index: jax.Array
+
+
+def init_cache(config: LlamaConfig, batch: int, length: int, dtype) -> KVCache:
+    shape = (config.depth, batch, length, config.num_kv_heads, config.head_dim)
+    return KVCache(
+        key=jnp.zeros(shape, dtype),
+        value=jnp.zeros(shape, dtype),
+        mask=jnp.zeros((batch, length), bool),
+        index=jnp.zeros((), jnp.int32),
+    )
+
+
+class RMSNorm(nn.Module):
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = param(self, "scale", ONES, (x.shape[-1],), ("llm_embed",))
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon)
+        return wide.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+    """Rotates [B, S, H, D] by int32[B, S] positions; the halves of D are the pairs' members."""
+    half = x.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+class Layer(nn.Module):
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x, positions, mask, index, cache):
+        """x [B, S, W]; mask bool[B, 1, S, K]; ``cache`` is None or this layer's (key, value)."""
+        c = self.config
+
+        def heads(name, count):
+            axes = ("llm_embed", "llm_heads", "head_dim")
+            return Dense((c.width, count, c.head_dim), axes, use_bias=False, name=name)(y)
+
+        y = RMSNorm(c.rms_norm_eps, name="attention_norm")(x)
+        query = rotary(heads("query", c.num_heads), positions, c.rope_theta)
+        key = rotary(heads("key", c.num_kv_heads), positions, c.rope_theta)
+        value = heads("value", c.num_kv_heads)
+        if cache is not None:
+            put = jax.lax.dynamic_update_slice_in_dim
+            key, value = put(cache[0], key, index, 1), put(cache[1], value, index, 1)
+            cache = (key, value)
+        share = c.num_heads // c.num_kv_heads
+        y = attention(query, jnp.repeat(key, share, axis=2), jnp.repeat(value, share, axis=2), mask)
+        axes = ("llm_heads", "head_dim", "llm_embed")
+        shape = (c.num_heads, c.head_dim, c.width)
+        x = x + Dense(shape, axes, num_inputs=2, use_bias=False, name="out")(y)
+
+        y = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x)
+        wide = ((c.width, c.mlp_width), ("llm_embed", "llm_mlp"))
+        y = jax.nn.silu(Dense(*wide, use_bias=False, name="gate")(y)) * Dense(
+            *wide, use_bias=False, name="up"
+        )(y)
+        down = Dense(wide[0][::-1], wide[1][::-1], use_bias=False, name="down")
+        return x + down(y), cache
+
+
+class Llama(nn.Module):
+    """Embeddings to hidden states, and hidden states to logits.
+
+    ``embed`` turns token ids into embeddings; the caller may put visual tokens among them. Calling
+    the module without a cache computes a whole sequence (training); with one, it appends S tokens to
+    what the cache holds (prefill with S = prompt, then S = 1). ``logits`` is a method of its own, so
+    that nobody pays for a vocabulary of logits at places that are not read.
+    """
+
+    config: LlamaConfig
+    remat: bool = True
+
+    def setup(self):
+        c = self.config
+        shape, axes = (c.vocab_size, c.width), ("llm_vocab", "llm_embed")
+        self.tokens = param(self, "token_embed", embedding, shape, axes)
+        self.layers = nn.scan(
+            rematerialised(Layer, self.remat),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
+            length=c.depth,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c)
+        self.norm = RMSNorm(c.rms_norm_eps)
+        if not c.tie_embeddings:
+            self.lm_head = Dense(shape[::-1], axes[::-1], use_bias=False)
+
+    def embed(self, ids: jax.Array, dtype) -> jax.Array:
+        """int32[B, S] → [B, S, W]."""
+        return self.tokens[ids].astype(dtype)
+
+    def __call__(
+        self,
+        embeddings: jax.Array,
+        mask: jax.Array,
+        positions: jax.Array,
+        cache: KVCache | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Runs the decoder.
+
+        Args:
+          embeddings: [B, S, W].
+          mask: bool[B, S], false on padding (which no token attends to).
+          positions: int32[B, S], rotary positions.
+          cache: None, or what came before, with room for S more.
+
+        Returns:
+          Normalised hidden states [B, S, W], and the cache with the new tokens (or None).
+        """
+        length = embeddings.shape[1]
+        index = jnp.zeros((), jnp.int32)
+        layer_cache, known = None, mask
+        if cache is not None:
+            index = cache.index
+            known = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, index, 1)
+            layer_cache = (cache.key, cache.value)
+        place = index + jnp.arange(length)
+        causal = jnp.arange(known.shape[1]) <= place[:, None]
+        x, layer_cache = self.layers(
+            embeddings, positions, causal[None, None] & known[:, None, None], index, layer_cache
+        )
+        if cache is not None:
+            cache = KVCache(*layer_cache, mask=known, index=index + length)
+        return self.norm(x), cache
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[…, W] → float32[…, vocabulary]."""
+        if self.config.tie_embeddings:
+            return (hidden @ self.tokens.T.astype(hidden.dtype)).astype(jnp.float32)
+        return self.lm_head(hidden).astype(jnp.float32)

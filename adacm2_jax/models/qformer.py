@@ -1,0 +1,257 @@
+"""InstructBLIP's Q-Former, reading a video through the memory.
+
+BERT-base with a joint, bidirectional self-attention over learned queries and text, cross-attention
+from the query rows to the video in every second layer, and separate feed-forward branches for query
+and text rows (lavis/models/blip2_models/Qformer.py; post-norm, epsilon 1e-12, exact GELU).
+
+The queries restart at every frame and a layer's memory depends on that layer alone, so the loops
+may be swapped: a chunk of F frames goes through layer 0, then through layer 1, and so on. Within a
+layer everything is computed for all F frames at once, in large matrix products; only the memory is
+scanned frame by frame. The result is that of one frame after the other.
+
+Axes: B videos, F frames of a chunk, N queries, R text tokens, E width, H heads, D head width,
+P visual tokens a frame, V vision width, L cross-attention layers.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from adacm2_jax.config import QFormerConfig
+from adacm2_jax.memory import Retention, VideoMemory, observe_frames
+from adacm2_jax.models.layers import (
+    ZEROS,
+    Dense,
+    LayerNorm,
+    Mlp,
+    attention,
+    embedding,
+    fan_in,
+    param,
+    rematerialised,
+)
+
+
+@struct.dataclass
+class Frames:
+    """A chunk of frames as the Q-Former reads them: projected once, whatever the question."""
+
+    #: [L, F, B, H, P, D]: keys for every cross-attention layer.
+    key: jax.Array
+    #: [L, F, B, H, P, D]: values.
+    value: jax.Array
+    #: int32[F, B]: the number of each frame in its video.
+    index: jax.Array
+    #: bool[F, B]: false where the frame is padding.
+    valid: jax.Array
+
+
+class FrameProjection(nn.Module):
+    """The keys and values of a chunk for all L layers."""
+
+    config: QFormerConfig
+    vision_width: int
+
+    @nn.compact
+    def __call__(self, features: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[B, F, P, V] → twice [L, F, B, H, P, D]."""
+        c = self.config
+        shape = (c.num_cross_layers, self.vision_width, c.num_heads, c.width // c.num_heads)
+        axes = ("layers", "vision", "heads", "head_dim")
+
+        def project(name):
+            kernel = param(self, f"{name}_kernel", fan_in(stacked=True), shape, axes)
+            bias = param(self, f"{name}_bias", ZEROS, shape[:1] + shape[2:], axes[:1] + axes[2:])
+
+            def layer(weights):
+                kernel, bias = (weight.astype(features.dtype) for weight in weights)
+                return (jnp.tensordot(features, kernel, 1) + bias).transpose(1, 0, 3, 2, 4)
+
+            # Layer by layer: a product over all layers at once would have its weights transposed.
+            return jax.lax.map(layer, (kernel, bias))
+
+        return project("key"), project("value")
+
+
+class SelfAttention(nn.Module):
+    config: QFormerConfig
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        """Joint attention over [B·F, N + R, E] with its output projection, residual and norm."""
+        c = self.config
+        shape = (c.width, c.num_heads, c.width // c.num_heads)
+        axes = ("embed", "heads", "head_dim")
+        query, key, value = (Dense(shape, axes, name=n)(x) for n in ("query", "key", "value"))
+        dropout = nn.Dropout(c.dropout, deterministic=self.deterministic)
+        y = attention(query, key, value, mask, dropout)
+        y = Dense(shape[1:] + shape[:1], axes[1:] + axes[:1], num_inputs=2, name="out")(y)
+        return LayerNorm(c.layer_norm_eps, "embed", name="norm")(x + dropout(y))
+
+
+class CrossAttention(nn.Module):
+    config: QFormerConfig
+    score_rows: str
+    deterministic: bool
+
+    @nn.compact
+    def __call__(
+        self,
+        queries: jax.Array,
+        text: jax.Array,
+        text_mask: jax.Array,
+        frames: Frames,
+        memory: VideoMemory,
+        retention: Retention,
+    ) -> tuple[jax.Array, VideoMemory]:
+        """Query rows [B, F, N, E] read one layer's frames and memory; text rows [B, F, R, E] score."""
+        c = self.config
+        shape = (c.width, c.num_heads, c.width // c.num_heads)
+        axes = ("embed", "heads", "head_dim")
+        project = Dense(shape, axes, name="query")
+        rate = 0.0 if self.deterministic else c.dropout
+        dropout = None
+        if rate:
+            rng = self.make_rng("dropout")
+
+            def dropout(probs, frame):
+                kept = jax.random.bernoulli(jax.random.fold_in(rng, frame), 1 - rate, probs.shape)
+                return jnp.where(kept, probs / (1 - rate), 0)
+
+        with_text = self.score_rows != "query"
+        attended, memory = observe_frames(
+            memory,
+            retention,
+            project(queries).transpose(1, 0, 3, 2, 4),
+            frames.key,
+            frames.value,
+            frames.index,
+            frames.valid,
+            score_query=project(text).transpose(1, 0, 3, 2, 4) if with_text else None,
+            score_mask=text_mask,
+            score_output_rows=self.score_rows != "text",
+            dropout=dropout,
+        )
+        attended = attended.transpose(1, 0, 3, 2, 4)  # [F, B, H, N, D] → [B, F, N, H, D]
+        y = Dense(shape[1:] + shape[:1], axes[1:] + axes[:1], num_inputs=2, name="out")(attended)
+        y = nn.Dropout(c.dropout, deterministic=self.deterministic)(y)
+        return LayerNorm(c.layer_norm_eps, "embed", name="norm")(queries + y), memory
+
+
+class FeedForward(nn.Module):
+    config: QFormerConfig
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        y = Mlp(c.width, c.mlp_width, "embed", name="mlp")(x)
+        y = nn.Dropout(c.dropout, deterministic=self.deterministic)(y)
+        return LayerNorm(c.layer_norm_eps, "embed", name="norm")(x + y)
+
+
+class Group(nn.Module):
+    """One layer with cross-attention and the plain layers up to the next such one."""
+
+    config: QFormerConfig
+    score_rows: str
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x, text_mask, frames_valid, inputs):
+        """Carries the rows x [B, F, N + R, E]; ``inputs`` are this layer's key, value, memory, counts."""
+        c = self.config
+        index, valid = frames_valid
+        key, value, memory, retention = inputs
+        batch, frames, rows, width = x.shape
+        queries_mask = jnp.ones((batch, c.num_queries), bool)
+        mask = jnp.repeat(jnp.concatenate([queries_mask, text_mask], axis=1), frames, axis=0)
+        for i in range(c.cross_attention_every):
+            layer = SelfAttention(c, self.deterministic, name=f"self_attention_{i}")
+            x = layer(x.reshape(batch * frames, rows, width), mask[:, None, None])
+            x = x.reshape(batch, frames, rows, width)
+            queries, text = x[:, :, : c.num_queries], x[:, :, c.num_queries :]
+            if i == 0:
+                layer = CrossAttention(
+                    c, self.score_rows, self.deterministic, name="cross_attention"
+                )
+                queries, memory = layer(
+                    queries, text, text_mask, Frames(key, value, index, valid), memory, retention
+                )
+            queries = FeedForward(c, self.deterministic, name=f"query_ffn_{i}")(queries)
+            text = FeedForward(c, self.deterministic, name=f"text_ffn_{i}")(text)
+            x = jnp.concatenate([queries, text], axis=2)
+        return x, memory
+
+
+class QFormer(nn.Module):
+    """Reads a chunk of frames; see the file's head for the order of computation.
+
+    For example, with 32 queries, 12 text tokens and 8 frames of 2 videos at full size: rows are
+    ``[2, 8, 44, 768]``, and the result is ``[2, 8, 32, 768]``: what each frame made of the queries.
+    """
+
+    config: QFormerConfig
+    vision_width: int
+    score_rows: str = "query"
+    remat: bool = True
+
+    def setup(self):
+        self.frame_projection = FrameProjection(self.config, self.vision_width)
+
+    def project(self, features: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of a chunk, [B, F, P, V] → twice [L, F, B, H, P, D]."""
+        return self.frame_projection(features)
+
+    @nn.compact
+    def __call__(
+        self,
+        text_ids: jax.Array,
+        text_mask: jax.Array,
+        frames: Frames,
+        memory: VideoMemory,
+        retention: Retention,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, VideoMemory]:
+        """Attends to a chunk and updates the memory.
+
+        Args:
+          text_ids: int32[B, R], the question in the Q-Former's vocabulary; R may be 0.
+          text_mask: bool[B, R], false on padding.
+          frames: the chunk.
+          memory: of all layers, leaves [L, B, …].
+          retention: of all layers, leaves [L, …].
+          deterministic: false switches dropout on (needs the rng ``dropout``).
+
+        Returns:
+          The query rows after each frame, [B, F, N, E], and the memory after the last frame.
+        """
+        c = self.config
+        batch, num_frames = text_ids.shape[0], frames.index.shape[0]
+        words = param(self, "word_embed", embedding, (c.vocab_size, c.width), ("vocab", "embed"))
+        places = param(self, "pos_embed", embedding, (c.max_positions, c.width), ("token", "embed"))
+        tokens = param(
+            self, "query_tokens", embedding, (1, c.num_queries, c.width), ("one", "query", "embed")
+        )
+        text = words[text_ids] + places[: text_ids.shape[1]]
+        x = jnp.concatenate([jnp.broadcast_to(tokens, (batch,) + tokens.shape[1:]), text], axis=1)
+        x = LayerNorm(c.layer_norm_eps, "embed", name="norm")(x.astype(frames.key.dtype))
+        x = nn.Dropout(c.dropout, deterministic=deterministic)(x)
+        x = jnp.broadcast_to(x[:, None], (batch, num_frames) + x.shape[1:])
+        groups = nn.scan(
+            rematerialised(Group, self.remat),
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(nn.broadcast, nn.broadcast, 0),
+            length=c.num_cross_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        x, memory = groups(c, self.score_rows, deterministic, name="groups")(
+            x,
+            text_mask,
+            (frames.index, frames.valid),
+            (frames.key, frames.value, memory, retention),
+        )
+        return x[:, :, : c.num_queries], memory

@@ -1,0 +1,71 @@
+"""EVA-CLIP ViT-g/14 as LAVIS uses it (lavis/models/eva_vit.py).
+
+Pre-norm blocks with LayerNorm epsilon 1e-6, exact GELU, no bias on the attention keys, no layer
+scale; no norm, pooling or head after the last block: all tokens are returned, CLS first.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from adacm2_jax.config import VisionConfig
+from adacm2_jax.models.layers import Dense, LayerNorm, Mlp, attention, embedding, param, rematerialised
+
+
+class Block(nn.Module):
+    config: VisionConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, _) -> tuple[jax.Array, None]:
+        c = self.config
+        shape = (c.width, c.num_heads, c.width // c.num_heads)
+        axes = ("vision", "heads", "head_dim")
+        y = LayerNorm(c.layer_norm_eps, "vision", name="norm1")(x)
+        query = Dense(shape, axes, name="query")(y)
+        key = Dense(shape, axes, use_bias=False, name="key")(y)
+        value = Dense(shape, axes, name="value")(y)
+        y = attention(query, key, value)
+        x = x + Dense(shape[1:] + shape[:1], axes[1:] + axes[:1], num_inputs=2, name="out")(y)
+        y = LayerNorm(c.layer_norm_eps, "vision", name="norm2")(x)
+        return x + Mlp(c.width, c.mlp_width, "vision", name="mlp")(y), None
+
+
+class VisionTransformer(nn.Module):
+    """Frames to visual tokens.
+
+    Called with ``[B, height, width, 3]`` normalised pixels, returns ``[B, P, V]``. For example, at
+    full size ``[8, 224, 224, 3] → [8, 257, 1408]``: 16 × 16 patches and CLS.
+    """
+
+    config: VisionConfig
+    remat: bool = True
+
+    @nn.compact
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        c = self.config
+        side, size = c.image_size // c.patch_size, c.patch_size
+        batch = pixels.shape[0]
+        patches = pixels.reshape(batch, side, size, side, size, 3).transpose(0, 1, 3, 2, 4, 5)
+        embed = Dense(
+            (size, size, 3, c.width), ("patch", "patch", "rgb", "vision"), 3, name="patch_embed"
+        )
+        x = embed(patches.reshape(batch, side * side, size, size, 3))
+        cls = param(self, "cls_token", embedding, (1, 1, c.width), ("one", "one", "vision"))
+        cls = jnp.broadcast_to(cls.astype(x.dtype), (batch, 1, c.width))
+        x = jnp.concatenate([cls, x], axis=1)
+        positions = param(
+            self,
+            "pos_embed",
+            embedding,
+            (1, c.tokens_per_frame, c.width),
+            ("one", "token", "vision"),
+        )
+        x = x + positions.astype(x.dtype)
+        blocks = nn.scan(
+            rematerialised(Block, self.remat),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=c.depth,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return blocks(c, name="blocks")(x, None)[0]

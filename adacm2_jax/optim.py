@@ -1,0 +1,95 @@
+"""Which parameters learn, how fast, and by what rule."""
+
+import re
+from collections.abc import Sequence
+
+import jax
+import optax
+from flax import traverse_util
+
+from adacm2_jax.errors import UserError
+
+#: A regular expression over parameter paths, and a factor on the learning rate; None freezes.
+Group = tuple[str, float | None]
+
+
+def group_of(path: str, groups: Sequence[Group]) -> Group:
+    """The first group whose expression matches the whole path such as ``qformer/norm/scale``.
+
+    Raises:
+      UserError: if none does.
+    """
+    for pattern, factor in groups:
+        if re.fullmatch(pattern, path):
+            return pattern, factor
+    raise UserError(
+        f"parameter {path} matches no expression of optim.groups; add a last group ('.*', 1.0)"
+    )
+
+
+def split_params(params, groups: Sequence[Group]) -> tuple[dict, dict]:
+    """Parameters as two flat dictionaries by path: those that learn, and those that are frozen.
+
+    Raises:
+      UserError: if a group matches nothing (a misspelt expression), or nothing learns.
+    """
+    flat = traverse_util.flatten_dict(params, sep="/")
+    chosen = {path: group_of(path, groups) for path in flat}
+    unused = [pattern for pattern, _ in groups if pattern not in {g for g, _ in chosen.values()}]
+    if unused:
+        raise UserError(
+            f"optim.groups: {unused[0]!r} matches no parameter that is left; paths start with "
+            + ", ".join(sorted({path.split("/")[0] for path in flat}))
+        )
+    learned = {path: leaf for path, leaf in flat.items() if chosen[path][1] is not None}
+    if not learned:
+        raise UserError("optim.groups freezes every parameter; give one group a factor")
+    return learned, {path: leaf for path, leaf in flat.items() if path not in learned}
+
+
+def merge_params(learned: dict, frozen: dict) -> dict:
+    """The parameter tree again."""
+    return traverse_util.unflatten_dict({**learned, **frozen}, sep="/")
+
+
+def make_optimizer(
+    learned: dict,
+    *,
+    groups: Sequence[Group],
+    learning_rate: float,
+    steps: int,
+    warmup_steps: int,
+    weight_decay: float,
+    b1: float,
+    b2: float,
+    clip_norm: float,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """AdamW with a linear warm-up, a cosine to zero, and gradients clipped by their global norm.
+
+    Weight decay spares biases, norms and whatever else has fewer than two axes within a layer, as
+    LAVIS does. Each group's updates are multiplied by its factor.
+
+    Returns:
+      The transformation over the flat dictionary of learned parameters, and the schedule.
+    """
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, learning_rate, min(warmup_steps, steps - 1), max(steps, 2)
+    )
+    factors = {path: group_of(path, groups)[1] for path in learned}
+    scale = {str(factor): optax.scale(factor) for factor in sorted(set(factors.values()), key=str)}
+    decays = {path: not re.search(r"(bias|scale)$", path) for path in learned}
+    rule = optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=decays),
+        optax.partition(scale, {path: str(factor) for path, factor in factors.items()}),
+    )
+    return rule, schedule
+
+
+def gradient_norms(gradients: dict) -> dict[str, jax.Array]:
+    """The norm of each top-level part (``qformer``, ``llm``, …): what to look at when one explodes."""
+    parts = sorted({path.split("/")[0] for path in gradients})
+    return {
+        part: optax.global_norm([g for path, g in gradients.items() if path.split("/")[0] == part])
+        for part in parts
+    }

@@ -1,0 +1,166 @@
+"""Which tokens stay: every policy is a pair of counts and a way to rank the older tokens.
+
+After a frame, ``n`` tokens of a layer are live. Each policy keeps the newest ``recent[n]`` of them
+whole and, of the older ones, the ``older[n]`` that rank highest; all else is dropped. That one
+mechanism (``memory.retain``) serves them all:
+
+=========  =====================  ===============  =============================================
+policy     recent[n]              older[n]         ranked by
+=========  =====================  ===============  =============================================
+adacm2     ⌊ρn⌋                   ⌊β(n − ⌊ρn⌋)⌋    cross-attention that the token has just received
+full       min(n, capacity)       0                (the newest stay once max_frames are exceeded)
+recent     as many as adacm2      0                (the newest stay)
+uniform    0                      as many          an even stride over all tokens of the video
+random     0                      as many          a random number drawn when the token arrives
+budget     ⌊ρ·capacity⌋           the rest         cross-attention; nothing dropped while n ≤ capacity
+=========  =====================  ===============  =============================================
+
+``recent``, ``uniform`` and ``random`` keep exactly as many tokens as ``adacm2`` with the same ρ and
+β, after every frame and in every layer, so that a comparison differs in *which* tokens alone.
+"""
+
+import dataclasses
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adacm2_jax.config import MemoryConfig, as_fraction
+from adacm2_jax.errors import UserError
+
+#: What ranks the older tokens: the attention they receive, or a number fixed on arrival.
+ATTENTION, STRIDE, RANDOM = "attention", "stride", "random"
+_RANKING = {"uniform": STRIDE, "random": RANDOM}
+
+
+@dataclasses.dataclass(frozen=True)
+class RetentionPlan:
+    """The counts of one model, computed once on the host; layers are a leading axis.
+
+    Attributes:
+      capacity: C, the most tokens that any layer holds after a frame.
+      recent: int32[L, C + P + 1], tokens kept as the newest, indexed by live tokens.
+      older: int32[L, C + P + 1], tokens kept by rank, likewise.
+      ranking: ``attention``, ``stride`` or ``random``.
+    """
+
+    capacity: int
+    recent: np.ndarray
+    older: np.ndarray
+    ranking: str
+
+
+def retention_counts(n: int, recent_ratio: Fraction, conserve_ratio: Fraction) -> tuple[int, int]:
+    """How many of ``n`` live tokens stay as the newest, and how many of the older ones by score.
+
+    Both are floors of exact products (the paper's Eq. 6 and 7 with ρ and β).
+    """
+    recent = int(recent_ratio * n)
+    return recent, int(conserve_ratio * (n - recent))
+
+
+def capacity_bound(tokens_per_frame: int, recent_ratio: Fraction, conserve_ratio: Fraction) -> int:
+    """C = ⌊P·r / (1 − r)⌋ with r = ρ + (1 − ρ)β: the bound of the paper's Eq. 8, for every t.
+
+    Raises:
+      UserError: if r = 1, when nothing is ever dropped and no bound exists.
+    """
+    kept = recent_ratio + (1 - recent_ratio) * conserve_ratio
+    if kept == 1:
+        raise UserError(
+            f"memory.recent_ratio = {recent_ratio} with memory.conserve_ratio = {conserve_ratio} "
+            "keeps every token (r = 1), so the memory has no bound; lower one of them, or choose "
+            "policy 'full' with memory.max_frames"
+        )
+    return int(tokens_per_frame * kept / (1 - kept))
+
+
+def retention_plan(config: MemoryConfig, tokens_per_frame: int, num_layers: int) -> RetentionPlan:
+    """Builds the counts of a policy for ``num_layers`` cross-attention layers.
+
+    Raises:
+      UserError: for per-layer ratios of another length, or ratios that keep everything.
+    """
+    if config.policy == "full":
+        capacity = config.max_frames * tokens_per_frame
+        recent = np.minimum(np.arange(capacity + tokens_per_frame + 1), capacity)
+        return _plan(capacity, [recent] * num_layers, [0 * recent] * num_layers, ATTENTION)
+
+    rhos = _per_layer("recent_ratio", config.recent_ratio, num_layers)
+    if config.policy == "budget":
+        live = np.arange(config.capacity + tokens_per_frame + 1)
+        newest = [
+            np.where(live > config.capacity, int(rho * config.capacity), live) for rho in rhos
+        ]
+        older = [np.where(live > config.capacity, config.capacity - recent, 0) for recent in newest]
+        return _plan(config.capacity, newest, older, ATTENTION)
+
+    betas = _per_layer("conserve_ratio", config.conserve_ratio, num_layers)
+    capacity = max(map(capacity_bound, [tokens_per_frame] * num_layers, rhos, betas))
+    counts = np.array(
+        [
+            [retention_counts(n, rho, beta) for n in range(capacity + tokens_per_frame + 1)]
+            for rho, beta in zip(rhos, betas, strict=True)
+        ]
+    )
+    recent, older = counts[..., 0], counts[..., 1]
+    if config.policy == "recent":
+        recent, older = recent + older, 0 * older
+    elif config.policy in _RANKING:
+        recent, older = 0 * recent, recent + older
+    return _plan(capacity, recent, older, _RANKING.get(config.policy, ATTENTION))
+
+
+def arrival_rank(
+    ranking: str, frame: jax.Array, tokens_per_frame: int, seed: jax.Array
+) -> jax.Array:
+    """Ranks that are fixed when a frame arrives; higher stays longer.
+
+    ``stride`` orders the token ids ``frame · P + patch`` by their radical inverse in base 2 (van der
+    Corput), so that whatever number survives is spread evenly over the video so far. ``random`` draws
+    uniformly, which makes the survivors a uniform random subset of all tokens seen.
+
+    Args:
+      ranking: ``stride`` or ``random``.
+      frame: int32[B], the frame's number in its video.
+      tokens_per_frame: P.
+      seed: uint32[B], of the video (and layer), for ``random``.
+
+    Returns:
+      float32[B, P].
+    """
+    if ranking == RANDOM:
+
+        def draw(seed, frame):
+            key = jax.random.fold_in(jax.random.key(seed), frame)
+            return jax.random.uniform(key, (tokens_per_frame,))
+
+        return jax.vmap(draw)(seed, frame)
+    token = frame[:, None].astype(jnp.uint32) * tokens_per_frame
+    token = token + jnp.arange(tokens_per_frame, dtype=jnp.uint32)
+    return 1.0 - _reverse_bits(token).astype(jnp.float32) / 2.0**32
+
+
+def _reverse_bits(x: jax.Array) -> jax.Array:
+    masks = (0x55555555, 0x33333333, 0x0F0F0F0F, 0x00FF00FF)
+    for shift, mask in zip((1, 2, 4, 8), masks, strict=True):
+        x = ((x >> shift) & jnp.uint32(mask)) | ((x & jnp.uint32(mask)) << shift)
+    return (x >> 16) | (x << 16)
+
+
+def _per_layer(field: str, value, num_layers: int) -> list[Fraction]:
+    if not isinstance(value, tuple):
+        return [as_fraction(value)] * num_layers
+    if len(value) != num_layers:
+        raise UserError(
+            f"memory.{field} has {len(value)} values, but the Q-Former has {num_layers} "
+            "cross-attention layers; give one value, or one for each layer"
+        )
+    return [as_fraction(ratio) for ratio in value]
+
+
+def _plan(capacity: int, recent, older, ranking: str) -> RetentionPlan:
+    return RetentionPlan(
+        capacity, np.asarray(recent, np.int32), np.asarray(older, np.int32), ranking
+    )

@@ -1,0 +1,208 @@
+"""Questions and answers to token ids, and back.
+
+Two tokenizers, as in LAVIS's InstructBLIP (blip2_vicuna_instruct.py): a BERT one for the Q-Former
+(``[CLS] question [SEP]``) and a LLaMA one for the language model, where ``</s>`` opens and ends every
+text. Lengths are static: every text is padded to the configuration's limit.
+"""
+
+import functools
+import pathlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from adacm2_jax.config import AdaCM2Config
+from adacm2_jax.errors import UserError
+from adacm2_jax.models.adacm2 import Question
+
+QFORMER_DIR, LLM_DIR = "qformer_tokenizer", "llm_tokenizer"
+
+
+class Processor:
+    """The text path of one model.
+
+    Attributes:
+      eos_id: the token that ends an answer.
+      pad_id: the language model's padding token.
+    """
+
+    def __init__(self, qformer_tokenizer, llm_tokenizer, config: AdaCM2Config):
+        for name, tokenizer, rows in (
+            ("Q-Former", qformer_tokenizer, config.qformer.vocab_size),
+            ("language-model", llm_tokenizer, config.llm.vocab_size),
+        ):
+            if len(tokenizer) > rows:
+                raise UserError(
+                    f"the {name} tokenizer has {len(tokenizer)} tokens, but the model has {rows} "
+                    "embedding rows; use the tokenizer that belongs to the checkpoint"
+                )
+        self._qformer, self._llm = qformer_tokenizer, llm_tokenizer
+        self._max_text, self._max_answer = config.max_text_len, config.max_answer_len
+        self.eos_id, self.pad_id = llm_tokenizer.eos_token_id, llm_tokenizer.pad_token_id
+        self._encode = functools.lru_cache(maxsize=4096)(self._encode_question)
+
+    @classmethod
+    def load(cls, directory: str | pathlib.Path, config: AdaCM2Config) -> "Processor":
+        """Reads the two tokenizers from a directory; never goes to the network."""
+        from transformers import AutoTokenizer
+
+        def read(name):
+            path = pathlib.Path(directory) / name
+            if not path.is_dir():
+                raise UserError(
+                    f"no tokenizer at {path}; point to a directory that holds {QFORMER_DIR}/ and "
+                    f"{LLM_DIR}/, as train.py writes them"
+                )
+            return AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+        return cls(read(QFORMER_DIR), read(LLM_DIR), config)
+
+    def save(self, directory: str | pathlib.Path) -> None:
+        """Writes both tokenizers in Hugging Face's layout."""
+        self._qformer.save_pretrained(pathlib.Path(directory) / QFORMER_DIR)
+        self._llm.save_pretrained(pathlib.Path(directory) / LLM_DIR)
+
+    def questions(self, questions: Sequence[str]) -> Question:
+        """Prompts to generate from: the language model's side is padded on the left.
+
+        Returns:
+          A ``Question`` of numpy arrays, each [B, max_text_len].
+
+        Raises:
+          UserError: for a question that is longer than the limit.
+        """
+        encoded = [self._encode(question) for question in questions]
+        qformer, llm = zip(*encoded, strict=True)
+        qformer_ids, qformer_mask = _pad(qformer, self._max_text, 0)
+        llm_ids, llm_mask = _pad(llm, self._max_text, self.pad_id, left=True)
+        return Question(qformer_ids, qformer_mask, llm_ids, llm_mask)
+
+    def training(
+        self, questions: Sequence[str], answers: Sequence[str]
+    ) -> tuple[Question, np.ndarray]:
+        """Teacher-forcing rows: prompt, answer and ``</s>``, padded on the right.
+
+        Returns:
+          A ``Question`` whose ``llm_*`` are [B, max_text_len + max_answer_len], and bool of the same
+          shape: true on the answer's tokens.
+        """
+        encoded = [self._encode(question) for question in questions]
+        qformer, prompts = zip(*encoded, strict=True)
+        endings = [self._answer(answer) for answer in answers]
+        rows = [prompt + ending for prompt, ending in zip(prompts, endings, strict=True)]
+        length = self._max_text + self._max_answer
+        qformer_ids, qformer_mask = _pad(qformer, self._max_text, 0)
+        llm_ids, llm_mask = _pad(rows, length, self.pad_id)
+        place = np.arange(length)
+        starts = np.array([len(prompt) for prompt in prompts])[:, None]
+        targets = llm_mask & (place >= starts)
+        return Question(qformer_ids, qformer_mask, llm_ids, llm_mask), targets
+
+    def decode(self, ids: np.ndarray) -> str:
+        """Generated ids, int[S], up to the first end token, as text."""
+        ids = [int(i) for i in ids]
+        if self.eos_id in ids:
+            ids = ids[: ids.index(self.eos_id)]
+        return self._llm.decode(ids, skip_special_tokens=True).strip()
+
+    def _encode_question(self, question: str) -> tuple[list[int], list[int]]:
+        qformer = self._qformer(question)["input_ids"]
+        # LAVIS opens every prompt with the tokenizer's bos, which it has set to </s>.
+        llm = self._llm(question, add_special_tokens=False)["input_ids"]
+        llm = [self._llm.bos_token_id, *llm]
+        longest = max(len(qformer), len(llm))
+        if longest > self._max_text:
+            raise UserError(
+                f"the question {_short(question)!r} has {longest} tokens; the limit is "
+                f"{self._max_text} (max_text_len): shorten it"
+            )
+        return qformer, llm
+
+    def _answer(self, answer: str) -> list[int]:
+        ids = self._llm(answer, add_special_tokens=False)["input_ids"]
+        return [*ids[: self._max_answer - 1], self.eos_id]  # LAVIS cuts answers on the right
+
+
+def train_tokenizers(
+    texts: Iterable[str], config: AdaCM2Config, directory: str | pathlib.Path
+) -> Processor:
+    """Learns both tokenizers from a corpus, for a model that starts from nothing, and saves them.
+
+    A lower-casing WordPiece tokenizer of BERT's form and a byte-level BPE tokenizer with LAVIS's
+    special tokens; neither is larger than the model's embedding tables.
+    """
+    from tokenizers import (
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
+    from transformers import PreTrainedTokenizerFast
+
+    texts = sorted(set(texts))
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[DEC]"]
+    bert = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    bert.normalizer = normalizers.BertNormalizer(lowercase=True)
+    bert.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    bert.train_from_iterator(
+        texts,
+        trainers.WordPieceTrainer(
+            vocab_size=config.qformer.vocab_size,
+            special_tokens=special,
+            initial_alphabet=list("abcdefghijklmnopqrstuvwxyz0123456789"),
+            show_progress=False,
+        ),
+    )
+    bert.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    llama = Tokenizer(models.BPE(unk_token="</s>"))
+    llama.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    llama.decoder = decoders.ByteLevel()
+    llama.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=config.llm.vocab_size,
+            special_tokens=["<pad>", "<s>", "</s>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    processor = Processor(
+        PreTrainedTokenizerFast(
+            tokenizer_object=bert,
+            pad_token="[PAD]",
+            unk_token="[UNK]",
+            cls_token="[CLS]",
+            sep_token="[SEP]",
+            bos_token="[DEC]",
+        ),
+        PreTrainedTokenizerFast(
+            tokenizer_object=llama,
+            pad_token="<pad>",
+            bos_token="</s>",
+            eos_token="</s>",
+            unk_token="</s>",
+        ),
+        config,
+    )
+    processor.save(directory)
+    return processor
+
+
+def _pad(
+    rows: Sequence[list[int]], length: int, value: int, left: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    ids = np.full((len(rows), length), value, np.int32)
+    mask = np.zeros((len(rows), length), bool)
+    for i, row in enumerate(rows):
+        place = slice(length - len(row), length) if left else slice(len(row))
+        ids[i, place], mask[i, place] = row, True
+    return ids, mask
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else text[:37] + "…"

@@ -1,0 +1,117 @@
+"""What the benchmarks share: paired timing of two programs, the machine's peak, and the report."""
+
+import json
+import os
+import platform
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+# The scripts run from a checkout in which nothing is installed.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+# JAX reads its number of threads from NPROC, once, when it is imported.
+THREADS = 2
+os.environ.setdefault("NPROC", str(THREADS))
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+try:
+    import torch
+except ImportError:
+    raise SystemExit(
+        "error: the benchmarks compare with PyTorch, which is not installed; "
+        "run `make test` once on Python 3.11 or `pip install torch`"
+    ) from None
+
+torch.set_num_threads(THREADS)
+PEAK_SIZE = 2048
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """How long one call takes."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def paired(ours: Callable[[], object], theirs: Callable[[], object], rounds: int) -> dict:
+    """Times two programs in turn, so that whatever else the machine does falls on both.
+
+    Returns:
+      ``ours`` and ``theirs``, the medians in seconds; ``ratio``, the median of theirs / ours taken
+      round by round; ``low`` and ``high``, the quartiles of that ratio.
+    """
+    ours(), theirs()
+    pairs = []
+    for turn in range(rounds):
+        if turn % 2:
+            late, early = seconds(theirs), seconds(ours)
+            pairs.append((early, late))
+        else:
+            pairs.append((seconds(ours), seconds(theirs)))
+    ratios = [b / a for a, b in pairs]
+    low, ratio, high = statistics.quantiles(ratios, n=4)
+    return dict(
+        ours=statistics.median(a for a, _ in pairs),
+        theirs=statistics.median(b for _, b in pairs),
+        ratio=ratio,
+        low=low,
+        high=high,
+    )
+
+
+def peak(rounds: int = 8) -> dict:
+    """GFLOP/s of a square float32 matrix product in each framework (the best of some rounds)."""
+    a = np.random.default_rng(0).standard_normal((PEAK_SIZE, PEAK_SIZE), np.float32)
+    x, y = jnp.asarray(a), torch.from_numpy(a)
+    multiply = jax.jit(jnp.matmul)
+    runs = dict(jax=lambda: multiply(x, x).block_until_ready(), torch=lambda: y @ y)
+    best = {name: float("inf") for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            best[name] = min(best[name], seconds(run))
+    return {name: 2 * PEAK_SIZE**3 / 1e9 / time for name, time in best.items()}
+
+
+def machine() -> dict:
+    """Where the numbers come from."""
+    cpu, info = platform.processor(), Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = re.search(r"model name\s*: (.*)|$", info.read_text())[1] or cpu
+    versions = dict(jax=jax.__version__, torch=torch.__version__, numpy=np.__version__)
+    place = dict(cpu=cpu, cores=os.cpu_count(), threads=THREADS, python=platform.python_version())
+    return place | versions
+
+
+def header() -> dict:
+    """Measures and prints what every benchmark begins with; its rows are to be filled in."""
+    results = dict(machine=machine(), peak=peak(), rows=[])
+    print(", ".join(f"{key} {value}" for key, value in results["machine"].items()))
+    print("matmul peak: {jax:.0f} GFLOP/s (jax), {torch:.0f} (torch)".format(**results["peak"]))
+    return results
+
+
+def ratio(row: dict) -> str:
+    """A row's ratio with its quartiles, for the table."""
+    return f"{row['ratio']:.2f} ({row['low']:.2f}-{row['high']:.2f})"
+
+
+def shares(row: dict, peaks: dict) -> str:
+    """How much of the peak each side reaches, for the table; ``gflop`` is that of a frame."""
+    ours = row["gflop"] / row["ours"] / peaks["jax"]
+    theirs = row["gflop"] / row["theirs"] / peaks["torch"]
+    return f"ours {ours:4.0%}, torch {theirs:4.0%}"
+
+
+def write_json(path: str | None, results: dict) -> None:
+    """Writes the results where ``--json`` says, whole or not at all."""
+    if path is None:
+        return
+    partial = Path(f"{path}.partial")
+    partial.write_text(json.dumps(results, indent=2) + "\n")
+    partial.replace(path)

@@ -1,0 +1,180 @@
+"""The user's own videos: one JSON object a line, checked before any time is spent."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import operator
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+from data.errors import DataError
+
+_FIELDS = ("video", "question", "answer", "start", "end", "id")
+_MOST_REPORTED = 5
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question about one video.
+
+    Attributes:
+        id: names the example in predictions.
+        video: path of the video file, or the encoded file's bytes.
+        question: may be empty.
+        answer: None where it is not known.
+        start, end: the part of the video that counts, seconds; None for the video's own.
+    """
+
+    id: str
+    video: str | bytes
+    question: str
+    answer: str | None
+    start: float | None
+    end: float | None
+
+
+class JsonlSource:
+    """Examples from a JSON Lines file, by random access (fits `grain.RandomAccessDataSource`).
+
+    A line is an object with `video` (a path, absolute or relative to this file) and `question`;
+    `answer` (needed for training and scoring), `start`, `end` (seconds) and `id` (by default the
+    line number) are optional. Blank lines and a byte order mark are passed over.
+
+    Args:
+        path: the file, UTF-8.
+        require_answer: refuse lines without an answer.
+    Raises:
+        DataError: the file is missing or has no examples, or lines are wrong: the first five are
+            named, each with its field and the remedy. A missing video is not an error here, see
+            `missing_videos`.
+    """
+
+    def __init__(self, path: str | os.PathLike, require_answer: bool = True):
+        self.path = os.fspath(path)
+        self.require_answer = require_answer
+        self._examples: list[Example] = []
+        problems: list[str] = []
+        first_line: dict[str, int] = {}
+        for number, line in enumerate(_read_lines(self.path), start=1):
+            if not line.strip():
+                continue
+            try:
+                example = self._parse(line, number)
+                if example.id in first_line:
+                    raise DataError(
+                        f"field 'id': {example.id!r} is line {first_line[example.id]}'s id already;"
+                        " give each line its own"
+                    )
+            except DataError as problem:
+                problems.append(f"line {number}: {problem}")
+                continue
+            first_line[example.id] = number
+            self._examples.append(example)
+        if problems:
+            more = len(problems) - _MOST_REPORTED
+            rest = f"; and {more} more wrong lines" if more > 0 else ""
+            raise DataError(f"{self.path}: {'; '.join(problems[:_MOST_REPORTED])}{rest}")
+        if not self._examples:
+            raise DataError(
+                f"{self.path}: has no examples: write one JSON object a line, "
+                '{"video": "clip.mp4", "question": "…", "answer": "…"}'
+            )
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: SupportsIndex) -> Example:
+        return self._examples[operator.index(index)]
+
+    def __repr__(self) -> str:
+        return f"JsonlSource({self.path!r}, require_answer={self.require_answer})"
+
+    def missing_videos(self) -> list[str]:
+        """Lists the paths of videos that are no files, each once, in the file's order."""
+        paths = dict.fromkeys(example.video for example in self._examples)
+        return [path for path in paths if not os.path.isfile(path)]
+
+    def fingerprint(self) -> str:
+        """Changes when the examples or their video files do: names, sizes and times."""
+        files = []
+        for path in sorted({str(example.video) for example in self._examples}):
+            stat = os.stat(path) if os.path.exists(path) else None
+            files.append((path, stat.st_size, stat.st_mtime_ns) if stat else (path,))
+        return f"{self._examples} {files}"
+
+    def _parse(self, line: str, number: int) -> Example:
+        try:
+            fields = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            where = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+            raise DataError(f"is not JSON{where}; write one JSON object a line") from None
+        if not isinstance(fields, dict):
+            raise DataError(f"is {_kind(fields)}; write a JSON object in braces")
+        for field in fields:
+            if field not in _FIELDS:
+                close = difflib.get_close_matches(field, _FIELDS, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(_FIELDS)}"
+                raise DataError(f"field {field!r} is unknown; {hint}")
+        video = _text(fields, "video", required=True)
+        if not video:
+            raise DataError("field 'video': is empty; give the path of a video file")
+        question = _text(fields, "question", required=True)
+        answer = _text(fields, "answer", required=self.require_answer)
+        start, end = _seconds(fields, "start"), _seconds(fields, "end")
+        if end is not None and end <= (start or 0.0):
+            raise DataError(
+                f"field 'end': {end:g} s is not after start={start or 0.0:g} s; swap them"
+            )
+        return Example(
+            id=_text(fields, "id", required=False) or str(number),
+            video=str(Path(self.path).parent / video),
+            question=question,
+            answer=answer,
+            start=start,
+            end=end,
+        )
+
+
+def _read_lines(path: str) -> list[str]:
+    try:
+        # Split at newlines alone: U+2028 and its like may stand inside a JSON string.
+        return Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file: check the path") from None
+    except IsADirectoryError:
+        raise DataError(f"{path}: is a directory: give the JSON Lines file inside it") from None
+    except PermissionError:
+        raise DataError(f"{path}: may not be read: change its permissions") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+
+
+def _text(fields: dict[str, Any], name: str, *, required: bool) -> str | None:
+    value = fields.get(name)
+    if value is None:
+        if required:
+            raise DataError(f"field {name!r} is missing; add it")
+        return None
+    if not isinstance(value, str):
+        raise DataError(f"field {name!r}: is {_kind(value)}; give a string in quotes")
+    return value
+
+
+def _seconds(fields: dict[str, Any], name: str) -> float | None:
+    value = fields.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise DataError(f"field {name!r}: is {_kind(value)}; give seconds as a number")
+    if not (0 <= value and math.isfinite(value)):
+        raise DataError(f"field {name!r}: {value!r} is not a time; give seconds from 0 on")
+    return float(value)
+
+
+def _kind(value: object) -> str:
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
+    return kinds.get(type(value), "null" if value is None else f"the number {value!r}")

@@ -1,0 +1,35 @@
+"""Settings that every test shares. They must be in place before anything imports jax."""
+
+import importlib.metadata
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+# With fewer threads than virtual devices, collectives wait for each other for ever.
+os.environ.setdefault("NPROC", "32")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# No test may reach for the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Worker processes are forked after a tokenizer was used.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import hypothesis  # noqa: E402
+
+# Compilation makes the first example slow, so no deadline; in CI the same examples in every run.
+hypothesis.settings.register_profile("default-no-deadline", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default-no-deadline")
+
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+collect_ignore = [] if HAS_TORCH else ["parity"]
+
+
+def pytest_report_header() -> str:
+    if HAS_TORCH:
+        return f"parity: collected, torch {importlib.metadata.version('torch')} is the oracle"
+    return "parity: not collected, torch is not installed (make test installs it on Python 3.11)"

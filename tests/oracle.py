@@ -1,0 +1,168 @@
+"""The memory once more, with Python lists that grow and shrink.
+
+Written from the description of the method alone, so that the static-shape memory has something to
+agree with. One video, one layer, one frame at a time, float64; counts by exact fractions.
+"""
+
+import dataclasses
+from fractions import Fraction
+
+import numpy as np
+
+#: Unit roundoff of float32: one operation is off by at most this much, relative to its result.
+U = 2.0**-24
+
+
+def kept_counts(policy: str, n: int, rho: Fraction, beta: Fraction, limit: int) -> tuple[int, int]:
+    """(newest tokens that stay whole, older ones that stay by rank) of ``n`` live tokens.
+
+    ``limit`` is the capacity of ``budget``, and ``max_frames · P`` of ``full``.
+    """
+    if policy == "full":
+        return min(n, limit), 0
+    if policy == "budget":
+        newest = (rho * limit).__floor__()
+        return (n, 0) if n <= limit else (newest, limit - newest)
+    newest = (rho * n).__floor__()
+    older = (beta * (n - newest)).__floor__()
+    if policy == "recent":
+        return newest + older, 0
+    if policy in ("uniform", "random"):
+        return 0, newest + older
+    return newest, older
+
+
+def radical_inverse(number: int) -> Fraction:
+    """The binary digits of a number, mirrored behind the point: 6 = 110 becomes 0.011."""
+    digits = f"{number:b}"[::-1]
+    return Fraction(int(digits, 2), 2 ** len(digits))
+
+
+@dataclasses.dataclass
+class Step:
+    """What one frame did, and how far float32 arithmetic may stray from it.
+
+    Attributes:
+      output: [H, N, D].
+      output_error: bound on the absolute error of any float32 output.
+      live: (frame, patch) of every token attended to, oldest first.
+      score: [n], what the tokens were ranked by.
+      score_error: bound on the relative error of a float32 score; 0 where ranks are exact.
+      newest: how many of the newest stay whole.
+      kept: (frame, patch) of the tokens that stay, oldest first.
+    """
+
+    output: np.ndarray
+    output_error: float
+    live: list[tuple[int, int]]
+    score: np.ndarray
+    score_error: float
+    newest: int
+    kept: list[tuple[int, int]]
+
+    def is_near_tie(self, other: list[tuple[int, int]]) -> bool:
+        """Whether ``other`` is what rounding alone may have made of this selection.
+
+        That is: as many tokens, the newest among them, and every token chosen otherwise so close to
+        those that it replaced that float32 cannot tell which is the higher.
+        """
+        score = dict(zip(self.live, self.score, strict=True))
+        gone, come = set(self.kept) - set(other), set(other) - set(self.kept)
+        first_new = len(self.live) - self.newest
+        if len(other) != len(self.kept) or come & set(self.live[first_new:]) or not gone:
+            return False
+        if not come <= set(self.live) or set(self.live[first_new:]) & gone:
+            return False
+        high, low = max(score[token] for token in gone), min(score[token] for token in come)
+        return high - low <= self.score_error * (high + low)
+
+
+class RaggedMemory:
+    """What one layer remembers of one video."""
+
+    def __init__(self, policy: str, rho, beta, limit: int = 0):
+        self.policy, self.limit = policy, limit
+        self.rho, self.beta = Fraction(str(rho)), Fraction(str(beta))
+        self.tokens: list[tuple[int, int]] = []
+        self.keys: list[np.ndarray] = []
+        self.values: list[np.ndarray] = []
+        self.ranks: list[Fraction] = []
+        self.frames = 0
+
+    def see(self, query, key, value, *, scoring, ranks=None) -> Step:
+        """One frame: append, attend to everything, score, prune.
+
+        Args:
+          query: [H, N, D].
+          key: [H, P, D].
+          value: [H, P, D].
+          scoring: [H, R, D], the rows that score.
+          ranks: [P], the numbers drawn for this frame's tokens (policy ``random``).
+        """
+        tokens = key.shape[1]
+        for patch in range(tokens):
+            number = self.frames * tokens + patch
+            drawn = -radical_inverse(number) if ranks is None else Fraction(float(ranks[patch]))
+            self.tokens.append((self.frames, patch))
+            self.keys.append(np.asarray(key[:, patch], np.float64))
+            self.values.append(np.asarray(value[:, patch], np.float64))
+            self.ranks.append(drawn)
+        self.frames += 1
+
+        keys, values = np.stack(self.keys, axis=1), np.stack(self.values, axis=1)
+        output = _probs(query, keys) @ values
+        live, n = list(self.tokens), len(self.tokens)
+        error = _probs_error(query, keys)
+        if self.policy in ("uniform", "random"):
+            score, score_error = list(self.ranks), 0.0
+        else:
+            score = _probs(scoring, keys).sum(axis=(0, 1))
+            rows = scoring.shape[0] * scoring.shape[1]
+            score_error = _probs_error(scoring, keys) + (rows + 1) * U
+
+        newest, count = kept_counts(self.policy, n, self.rho, self.beta, self.limit)
+        ranking = sorted(range(n - newest), key=lambda i: -score[i])  # stable: ties to the oldest
+        stay = sorted(ranking[:count]) + list(range(n - newest, n))
+        self._last = (live, self.keys, self.values, self.ranks)
+        self._keep(stay)
+        return Step(
+            output=output,
+            output_error=(error + (n + 1) * U) * np.abs(values).max(),
+            live=live,
+            score=np.asarray(score),
+            score_error=score_error,
+            newest=newest,
+            kept=list(self.tokens),
+        )
+
+    def adopt(self, kept: list[tuple[int, int]]) -> None:
+        """Goes on from another selection of the last frame."""
+        self.tokens, self.keys, self.values, self.ranks = self._last
+        self._keep([self.tokens.index(token) for token in kept])
+
+    def _keep(self, stay: list[int]) -> None:
+        for name in ("tokens", "keys", "values", "ranks"):
+            items = getattr(self, name)
+            setattr(self, name, [items[i] for i in stay])
+
+
+def _probs(query, keys) -> np.ndarray:
+    """Softmax attention [H, R, n] of [H, R, D] over [H, n, D]."""
+    logits = np.asarray(query, np.float64) @ keys.transpose(0, 2, 1) / np.sqrt(keys.shape[-1])
+    weight = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return weight / weight.sum(axis=-1, keepdims=True)
+
+
+def _probs_error(query, keys) -> float:
+    """How far, relatively, a float32 attention probability may be off.
+
+    With A the largest Σ|q·k| / √D: a logit is off by (D + 2)·U·A (products, sum, scaling), its
+    distance to the maximum by 2·U·A more; either enters a probability twice, by its own exponential
+    and by the sum. Beyond that: exponentials right to two units in the last place (4·U, twice), a
+    sum of n terms, one division. What is of second order is below a thousandth of it.
+    """
+    size, n = keys.shape[-1], keys.shape[1]
+    products = np.abs(np.asarray(query, np.float64)) @ np.abs(keys).transpose(0, 2, 1)
+    largest = products.max(initial=0.0) / np.sqrt(size)
+    assert largest < 40, "exponentials might underflow, which the bound leaves out"
+    return U * (2 * (size + 4) * largest + 8 + n + 1) * 1.001
