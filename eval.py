@@ -11,12 +11,11 @@ import concurrent.futures
 import dataclasses
 import itertools
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Iterable, Sequence
 
-import flax.linen as nn
-import jax
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -29,26 +28,96 @@ from adacm2_jax.config import AdaCM2Config, MemoryConfig, from_dict
 from adacm2_jax.errors import UserError
 from adacm2_jax.generate import GenerationConfig
 from adacm2_jax.metrics import exact_match, wilson_interval
-from adacm2_jax.models.adacm2 import init_params, plan_for
+from adacm2_jax.models.adacm2 import plan_for
+from adacm2_jax.params import abstract_params
 from adacm2_jax.processor import Processor
-from adacm2_jax.sharding import make_mesh, param_shardings
+from adacm2_jax.sharding import make_mesh
 from data.errors import DataError
-from data.jsonl import Example
+from data.jsonl import Example, JsonlSource
 from data.sources import open_source
-from data.stream import lock_step, open_video, video_batches
+from data.stream import Row, lock_step, open_video, video_batches
 from data.video import Sampling
 
 #: Fields of an experiment that evaluation may change.
 FREE = (
     "model.memory.",
     "model.dtype",
-    "data.",
-    "eval.",
-    "generation.",
-    "mesh",
-    "train.",
-    "init_from",
+    "model.remat",
+    *("checkpoint.", "data.", "eval.", "generation.", "optim.", "train."),
+    *("init_from", "mesh", "seed", "tokenizers"),
 )
+
+#: The least value of fields whose type alone says too little.
+LEAST = {
+    "data.workers": 0,
+    "train.steps": 1,
+    "train.batch_size": 1,
+    "train.num_frames": 1,
+    "train.log_every": 1,
+    "optim.warmup_steps": 0,
+    "checkpoint.every": 1,
+    "checkpoint.keep": 1,
+    "eval.every": 0,
+    "eval.limit": 0,
+    "eval.batch_size": 1,
+    "eval.chunk": 1,
+    "eval.workers": 1,
+}
+
+
+def check(config: ConfigDict) -> AdaCM2Config:
+    """Finds what is wrong in an experiment before anything is loaded; returns its model.
+
+    Raises:
+      UserError, DataError: for a field out of range.
+    """
+    for name, least in LEAST.items():
+        section, field = name.split(".")
+        if config[section][field] < least:
+            raise UserError(f"{name} = {config[section][field]} must be at least {least}")
+    try:
+        config.data.prompt.format(question="")
+    except (AttributeError, LookupError, ValueError):
+        raise UserError(
+            f"data.prompt = {config.data.prompt!r}: its only field is {{question}}; write other "
+            "braces twice"
+        ) from None
+    make_sampling(config.data.sampling)
+    if config.data.on_truncated not in ("error", "use"):
+        raise UserError(f"data.on_truncated = {config.data.on_truncated!r}: must be error or use")
+    GenerationConfig(**config.generation)
+    model_config = from_dict(config.model.to_dict())
+    plan_for(model_config)  # refuses ratios without a bound
+    make_memories(config, model_config)
+    return model_config
+
+
+def check_questions(config: ConfigDict, processor: Processor, source: Sequence[Example]) -> None:
+    """Finds a question in JSON lines that is too long before any video is decoded.
+
+    Raises:
+      UserError: naming the first.
+    """
+    for example in source if isinstance(source, JsonlSource) else ():
+        try:
+            processor.questions([config.data.prompt.format(question=example.question)])
+        except UserError as error:
+            raise UserError(f"{source.path}: id {example.id}: {error}") from None
+
+
+def missing_videos(source: Sequence[Example]) -> list[str]:
+    """Videos of JSON lines that are no files.
+
+    Raises:
+      DataError: if none is one.
+    """
+    missing = source.missing_videos() if isinstance(source, JsonlSource) else []
+    if missing and len(missing) == len({example.video for example in source}):
+        raise DataError(
+            f"{source.path}: none of its videos is there, the first is {missing[0]}; paths are "
+            "relative to the JSON-lines file"
+        )
+    return missing
 
 
 def make_sampling(config: ConfigDict) -> Sampling:
@@ -64,6 +133,8 @@ def make_sampling(config: ConfigDict) -> Sampling:
 def make_memories(config: ConfigDict, model_config: AdaCM2Config) -> dict[str, MemoryConfig]:
     """The memory of every policy in ``eval.policies``, with the ratios of ``model.memory``."""
     frames = config.eval.full_frames or config.data.sampling.num_frames
+    if not config.eval.policies:
+        raise UserError("eval.policies is empty; name at least one, such as ('adacm2',)")
     memories = {}
     for policy in config.eval.policies:
         options = {"policy": policy} | ({"max_frames": frames} if policy == "full" else {})
@@ -81,17 +152,10 @@ def make_answerer(config: ConfigDict, params: dict, processor: Processor) -> Ans
     return Answerer(model_config, params, processor, memories, generation, config.seed)
 
 
-def load_params(config: ConfigDict, workdir: str) -> dict:
+def load_params(config: ConfigDict, workdir: str | os.PathLike) -> dict:
     """A run's parameters alone, on whatever devices this process has."""
-    model_config = from_dict(config.model.to_dict())
-    boxed = jax.eval_shape(lambda key: init_params(model_config, key), jax.random.key(0))
-    shardings = param_shardings(boxed, make_mesh(tuple(config.mesh)))
-    abstract = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        nn.unbox(boxed),
-        shardings,
-    )
-    return restore_params(workdir, abstract)
+    model_config, mesh = from_dict(config.model.to_dict()), make_mesh(tuple(config.mesh))
+    return restore_params(workdir, abstract_params(model_config, config.optim.groups, mesh))
 
 
 def evaluate(config: ConfigDict, params: dict, processor: Processor, output: pathlib.Path) -> dict:
@@ -163,8 +227,7 @@ def answer_video(
     model_config = next(iter(answerer.models.values())).config
     chunk, size, count = config.eval.chunk, model_config.vision.image_size, len(questions)
     prompts = [config.data.prompt.format(question=question) for question in questions]
-    example = Example(video, video, "", None, None, None)
-    row = open_video(example, size=size, chunk=chunk, **reading(config))
+    row = open_one(config, video)
     session = answerer.start(prompts, np.full(count, row.total), np.zeros(count, np.uint32))
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         chunks = lock_step([row], pool, 1, chunk, size)
@@ -177,9 +240,20 @@ def answer_video(
     for name in session.states:
         answers = answerer.answer(session, name)
         for i, question in enumerate(questions):
-            line = prediction(dataclasses.replace(example, question=question), answers[i])
+            line = prediction(dataclasses.replace(row.example, question=question), answers[i])
             predictions.append(line | usage(answerer, session, name, i))
     return predictions
+
+
+def open_one(config: ConfigDict, video: str) -> Row:
+    """Opens a video file; decodes nothing yet.
+
+    Raises:
+      DataError: if it is none, or its end is seen to be missing.
+    """
+    size = config.model.vision.image_size
+    example = Example(video, video, "", None, None, None)
+    return open_video(example, size=size, chunk=config.eval.chunk, **reading(config))
 
 
 def reading(config: ConfigDict) -> dict:
@@ -221,16 +295,16 @@ def prediction(example: Example, answers: Sequence[Answer]) -> dict:
 
 
 def summarise(predictions: Sequence[dict], seconds: dict[str, float]) -> dict[str, dict]:
-    """Accuracy with its 95 % interval, tokens and seconds, by policy."""
+    """Accuracy (of the questions whose answer is known; None if it is of none) with its 95 %
+    interval, tokens and seconds, by policy."""
     summary = {}
     for name in seconds:
         rows = [row for row in predictions if row["policy"] == name]
-        correct, total = sum(row.get("correct", False) for row in rows), len(rows)
-        low, high = wilson_interval(correct, total)
+        marked = [row["correct"] for row in rows if "correct" in row]
         summary[name] = {
-            "accuracy": correct / max(total, 1),
-            "interval": [low, high],
-            "questions": total,
+            "accuracy": sum(marked) / len(marked) if marked else None,
+            "interval": list(wilson_interval(sum(marked), len(marked))),
+            "questions": len(rows),
             "kept_tokens": max((row["kept_tokens"] for row in rows), default=0),
             "total_tokens": max((row["total_tokens"] for row in rows), default=0),
             "seconds": seconds[name],
@@ -244,11 +318,12 @@ def table(results: dict) -> str:
         f"{'policy':10} {'accuracy':>9} {'95 % interval':>17} {'questions':>10} {'tokens kept':>16}"
     ]
     for name, row in results["policies"].items():
-        interval = "{:.1%} to {:.1%}".format(*row["interval"])
+        accuracy, interval = "-", "-"
+        if row["accuracy"] is not None:
+            accuracy = f"{row['accuracy']:.1%}"
+            interval = "{:.1%} to {:.1%}".format(*row["interval"])
         kept = f"{row['kept_tokens']} of {row['total_tokens']}"
-        lines.append(
-            f"{name:10} {row['accuracy']:9.1%} {interval:>17} {row['questions']:10} {kept:>16}"
-        )
+        lines.append(f"{name:10} {accuracy:>9} {interval:>17} {row['questions']:10} {kept:>16}")
     if results["failed"]:
         lines.append(f"{len(results['failed'])} video(s) could not be read:")
         lines += [f"  {row['id']}: {row['error']}" for row in results["failed"]]
@@ -269,17 +344,15 @@ def main() -> int:
     output = pathlib.Path(args.output or pathlib.Path(workdir) / "eval")
     if bool(video) != bool(args.question):
         raise UserError("--video and --question go together: what is asked, and of which video")
-    if video and not pathlib.Path(video).is_file():
-        raise UserError(f"--video {video}: no such file")
-    model_config = from_dict(config.model.to_dict())
-    make_memories(config, model_config)
-    processor = Processor.load(workdir, model_config)
-    params = load_params(config, workdir)
+    processor = Processor.load(workdir, check(config))
     if not video:
-        results = evaluate(config, params, processor, output)
+        check_questions(config, processor, open_source(config.data, config.eval.split))
+        results = evaluate(config, load_params(config, workdir), processor, output)
         print(table(results))
         return 1 if results["failed"] else 0
-    answerer = make_answerer(config, params, processor)
+    processor.questions([config.data.prompt.format(question=text) for text in args.question])
+    open_one(config, video)
+    answerer = make_answerer(config, load_params(config, workdir), processor)
     predictions = answer_video(config, answerer, video, args.question)
     output.mkdir(parents=True, exist_ok=True)
     write_lines(output / "predictions.jsonl", predictions)
@@ -296,8 +369,11 @@ def with_config(argv: Sequence[str]) -> list[str]:
     for word, following in zip(argv, [*argv[1:], ""], strict=True):
         name, equals, value = word.partition("=")
         if name in ("--workdir", "-workdir"):
+            workdir = value if equals else following
+            read_config(workdir)  # says more clearly than ml_collections if there is none
             recipe = pathlib.Path(__file__).parent / "configs" / "run.py"
-            return [*argv, f"--config={recipe}:{value if equals else following}"]
+            # First, for ml_collections reads overrides by the configuration before them.
+            return [argv[0], f"--config={recipe}:{workdir}", *argv[1:]]
     return list(argv)
 
 
@@ -311,4 +387,4 @@ def define_flags() -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main, with_config(sys.argv), (DataError,))
+    app.run(main, sys.argv, (DataError,), with_config)

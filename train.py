@@ -5,12 +5,14 @@
 The same command goes on with a run that was stopped, from its newest checkpoint.
 """
 
+import contextlib
+import dataclasses
 import json
 import pathlib
 import signal
 import sys
+from collections.abc import Iterator
 
-import flax.linen as nn
 import grain
 import jax
 import numpy as np
@@ -25,23 +27,32 @@ from adacm2_jax.checkpoint import (
     check_same,
     read_config,
     restore_params,
+    saved_steps,
     write_config,
 )
-from adacm2_jax.config import AdaCM2Config, from_dict
+from adacm2_jax.config import AdaCM2Config
 from adacm2_jax.errors import UserError
 from adacm2_jax.metrics import MetricWriter
-from adacm2_jax.models.adacm2 import init_params, plan_for
 from adacm2_jax.optim import make_optimizer, split_params
+from adacm2_jax.params import abstract_params, fresh_params
 from adacm2_jax.processor import LLM_DIR, Processor, train_tokenizers
-from adacm2_jax.sharding import make_mesh, param_shardings, replicated, shard_batch
-from adacm2_jax.train_step import Batch, TrainState, first_nonfinite, make_train_step
+from adacm2_jax.sharding import make_mesh, replicated, rows_per_process, shard_batch
+from adacm2_jax.train_step import Batch, TrainState, explain_nonfinite, make_train_step
 from data.cache import cached_clips
 from data.errors import DataError
 from data.pipeline import LoadClip, clips, training_batches
 from data.sources import open_source
 
 #: Fields that may change when a run is resumed: they do not alter what is computed.
-FREE = ("eval.", "checkpoint.", "train.log_every", "data.workers", "data.cache", "mesh")
+FREE = (
+    "eval.",
+    "generation.",
+    "checkpoint.",
+    "train.log_every",
+    "data.cache",
+    "data.data_dir",
+    "mesh",
+)
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
@@ -50,21 +61,48 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
     Raises:
       UserError, DataError: for a configuration, checkpoint or data set that cannot be used.
     """
-    model_config = from_dict(config.model.to_dict())
-    plan_for(model_config)  # ratios without a bound are found here
-    root = pathlib.Path(workdir)
-    stored = json.loads(config.to_json())
-    if (root / "config.json").exists():
+    # All that can be wrong, before anything is computed.
+    root, stored = pathlib.Path(workdir), json.loads(config.to_json())
+    resumed = (root / "config.json").exists()
+    if resumed:
         check_same(read_config(root), stored, root, FREE)
+    model_config = evaluation.check(config)
+    load = make_load(config, model_config)
     mesh = make_mesh(tuple(config.mesh))
+    rows = rows_per_process(config.train.batch_size, mesh)
+    abstract = abstract_params(model_config, config.optim.groups, mesh)
     source = open_source(config.data, "train")
+    tested = open_source(config.data, config.eval.split)
     root.mkdir(parents=True, exist_ok=True)
-    processor = make_processor(config, model_config, source, root)
+    processor = make_processor(config, model_config, source, root, resumed)
+    evaluation.check_questions(config, processor, source)
+    evaluation.check_questions(config, processor, tested)
+    if missing := evaluation.missing_videos(source):
+        print(
+            f"warning: {len(missing)} training videos are missing: {missing[0]} …", file=sys.stderr
+        )
+    dataset = (
+        cached_clips(source, load, config.data.cache_dir)
+        if config.data.cache
+        else clips(source, load)
+    )
+    batches = training_batches(
+        dataset,
+        batch_size=rows,
+        seed=config.seed,
+        workers=config.data.workers,
+        rank=jax.process_index(),
+        world=jax.process_count(),
+    )
     write_config(root, stored)
 
-    with jax.set_mesh(mesh):
-        # Parameters: an own checkpoint overrides them below.
-        learned, frozen = split_params(make_params(config, model_config, mesh), config.optim.groups)
+    with (
+        contextlib.closing(batches),
+        contextlib.closing(Checkpoints(root, config.checkpoint.keep)) as checkpoints,
+    ):
+        # The state: of the run's own checkpoint, else from given or from fresh parameters.
+        params = make_params(config, model_config, abstract, root)
+        learned, frozen = split_params(params, config.optim.groups)
         optimizer, schedule = make_optimizer(learned, steps=config.train.steps, **config.optim)
         state = TrainState(
             step=jax.device_put(np.int32(0), replicated(mesh)),
@@ -72,121 +110,112 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
             frozen=frozen,
             opt_state=jax.jit(optimizer.init)(learned),
         )
-
-        # Where the run stands.
-        batches = make_batches(config, model_config, source)
-        checkpoints = Checkpoints(root, config.checkpoint.keep)
-        checkpoints.save_frozen(frozen)
-        if checkpoints.latest_step is not None:
+        if checkpoints.latest_step is None:
+            checkpoints.save_frozen(frozen)
+        else:
             state = checkpoints.restore(state, grain.checkpoint.CheckpointRestore(batches))
             print(f"resumed {workdir} at step {int(state.step)}", flush=True)
         first, last = int(state.step) + 1, config.train.steps
-        writer = MetricWriter(root, first - 1)
 
-        # One batch, one step.
-        train_step = make_train_step(model_config, optimizer, config.seed)
-        stop = StopOnSignal()
-        bar = tqdm(total=last, initial=first - 1, desc="train", disable=None, unit="step")
-        for step in range(first, last + 1):
-            batch = make_batch(next(batches), config, processor)
-            state, metrics = train_step(state, shard_batch(batch, mesh))
-            if bad := first_nonfinite(metrics):
-                checkpoints.close()
-                raise UserError(
-                    f"step {step}: {bad} is not finite; the newest checkpoint is of step "
-                    f"{checkpoints.latest_step}: lower optim.learning_rate or optim.clip_norm"
-                )
-            bar.update()
-            if step % config.train.log_every == 0 or step == last:
-                scalars = {name: float(value) for name, value in metrics.items()}
-                writer.write(step, scalars | {"learning_rate": float(schedule(step - 1))})
-                bar.set_postfix(loss=scalars["loss"], accuracy=scalars["token_accuracy"])
-            if step % config.checkpoint.every == 0 or step == last or stop.signal:
-                checkpoints.save(state, grain.checkpoint.CheckpointSave(batches))
-            if stop.signal:
-                checkpoints.close()
-                print(f"stopped after step {step}; the same command goes on", flush=True)
-                sys.exit(128 + stop.signal)
-            if config.eval.every and step % config.eval.every == 0 and step < last:
+        with contextlib.closing(MetricWriter(root, first - 1)) as writer:
+
+            def evaluate(step: int) -> dict:
                 results = evaluation.evaluate(config, state.params, processor, root)
                 for name, result in results["policies"].items():
-                    writer.write(step, {f"eval/{name}/accuracy": result["accuracy"]})
-        bar.close()
-        batches.close()
-        checkpoints.close()
+                    if result["accuracy"] is not None:
+                        writer.write(step, {f"eval/{name}/accuracy": result["accuracy"]})
+                return results
 
-    results = evaluation.evaluate(config, state.params, processor, root)
-    for name, result in results["policies"].items():
-        writer.write(last, {f"eval/{name}/accuracy": result["accuracy"]})
-    writer.close()
-    return results
+            train_step = make_train_step(model_config, optimizer, config.seed)
+            bar = tqdm(total=last, initial=first - 1, desc="train", disable=None, unit="step")
+            for step in range(first, last + 1):
+                # Before the step after it, so that a resumed run makes up for a missed one.
+                if config.eval.every and step > 1 and (step - 1) % config.eval.every == 0:
+                    checkpoints.save(state, grain.checkpoint.CheckpointSave(batches))
+                    checkpoints.wait()  # evaluation may be killed, and long
+                    evaluate(step - 1)
+                with jax.set_mesh(mesh), noted_signals() as stop:
+                    batch = make_batch(next(batches), config, processor)
+                    state, metrics = train_step(state, shard_batch(batch, mesh))
+                    scalars = {
+                        name: float(value) for name, value in jax.device_get(metrics).items()
+                    }
+                    if reason := explain_nonfinite(state, scalars):
+                        raise UserError(
+                            f"step {step}: {reason}. Lower optim.learning_rate or optim.clip_norm, "
+                            f"or look at init_from; the newest checkpoint is "
+                            f"{checkpoints.latest_step}"
+                        )
+                    bar.update()
+                    if step % config.train.log_every == 0 or step == last:
+                        writer.write(step, scalars | {"learning_rate": float(schedule(step - 1))})
+                        bar.set_postfix(loss=scalars["loss"], accuracy=scalars["token_accuracy"])
+                    if step % config.checkpoint.every == 0 or step == last or stop:
+                        checkpoints.save(state, grain.checkpoint.CheckpointSave(batches))
+                    if stop:
+                        checkpoints.wait()
+                if stop:
+                    print(f"stopped after step {step}; the same command goes on", flush=True)
+                    sys.exit(128 + stop[0])
+            bar.close()
+            checkpoints.wait()
+            return evaluate(last)
 
 
-class StopOnSignal:
+@contextlib.contextmanager
+def noted_signals() -> Iterator[list[int]]:
     """Notes SIGTERM (a preemption, a scheduler's time limit), so that the step can be finished."""
+    noted: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: noted.append(number))
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
-    def __init__(self):
-        self.signal = 0
-        signal.signal(signal.SIGTERM, self._note)
 
-    def _note(self, number: int, _) -> None:
-        self.signal = number
-
-
-def make_processor(config, model_config: AdaCM2Config, source, root: pathlib.Path) -> Processor:
+def make_processor(
+    config, model_config: AdaCM2Config, source, root: pathlib.Path, resumed: bool
+) -> Processor:
     """The run's tokenizers: its own, the given ones, those of ``init_from``, or newly learned."""
-    for directory in (root, config.tokenizers, config.init_from):
+    if resumed:
+        return Processor.load(root, model_config)
+    for directory in (config.tokenizers, config.init_from):
         if directory and (pathlib.Path(directory) / LLM_DIR).is_dir():
             processor = Processor.load(directory, model_config)
             processor.save(root)
             return processor
     if config.tokenizers or config.init_from:
         raise UserError(
-            f"no tokenizers in {config.tokenizers or config.init_from}; set tokenizers to a directory "
-            f"that holds {LLM_DIR}/"
+            f"no tokenizers in {config.tokenizers or config.init_from}; set tokenizers to a "
+            f"directory that holds {LLM_DIR}/"
         )
     texts = [text for example in source for text in (example.question, example.answer)]
     return train_tokenizers(texts, model_config, root)
 
 
-def make_params(config, model_config: AdaCM2Config, mesh):
-    """Parameters to start from: those of ``init_from``, or fresh ones, where they belong."""
-    boxed = jax.eval_shape(lambda key: init_params(model_config, key), jax.random.key(0))
-    shardings = param_shardings(boxed, mesh)
+def make_params(config, model_config: AdaCM2Config, abstract: dict, root: pathlib.Path) -> dict:
+    """Parameters to start from: the run's own, those of ``init_from``, or fresh ones."""
+    if saved_steps(root):
+        return restore_params(root, abstract)
     if config.init_from:
-        abstract = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            nn.unbox(boxed),
-            shardings,
-        )
         return restore_params(config.init_from, abstract)
-    init = jax.jit(lambda key: nn.unbox(init_params(model_config, key)), out_shardings=shardings)
-    return init(jax.random.key(config.seed))
+    return fresh_params(model_config, abstract, config.seed)
 
 
-def make_batches(config, model_config: AdaCM2Config, source):
-    """This process's endless, resumable batches; decoded clips are cached if asked."""
-    data = config.data
+def make_load(config, model_config: AdaCM2Config) -> LoadClip:
+    """How a training clip is read; a clip holds all frames that the sampling takes."""
+    data, frames = config.data, config.train.num_frames
     sampling = evaluation.make_sampling(data.sampling)
-    load = LoadClip(
-        sampling,
-        config.train.num_frames,
-        model_config.vision.image_size,
-        data.jitter,
-        data.on_truncated,
-    )
-    dataset = cached_clips(source, load, data.cache_dir) if data.cache else clips(source, load)
-    rows, processes = config.train.batch_size, jax.process_count()
-    if rows % processes:
-        raise UserError(f"train.batch_size = {rows} does not divide over {processes} processes")
-    return training_batches(
-        dataset,
-        batch_size=rows // processes,
-        seed=config.seed,
-        workers=data.workers,
-        rank=jax.process_index(),
-        world=processes,
-    )
+    if sampling.mode == "uniform" and sampling.num_frames > frames:
+        raise UserError(
+            f"train.num_frames = {frames} would cut off some of the {sampling.num_frames} frames "
+            "of data.sampling.num_frames; make them equal"
+        )
+    if sampling.mode == "fps":
+        most = min(sampling.max_frames or frames, frames)
+        sampling = dataclasses.replace(sampling, max_frames=most)
+    size = model_config.vision.image_size
+    return LoadClip(sampling, frames, size, data.jitter, data.on_truncated)
 
 
 def make_batch(rows: dict, config, processor: Processor) -> Batch:
@@ -197,12 +226,18 @@ def make_batch(rows: dict, config, processor: Processor) -> Batch:
     return Batch(rows["frames"], rows["valid"], rows["index"], question, targets)
 
 
+def define_flags() -> None:
+    config_flags.DEFINE_config_file("config", lock_config=True)
+    flags.DEFINE_string("workdir", None, "Where the run is kept.", required=True)
+
+
 def main() -> None:
+    if flags.FLAGS.config is None:
+        raise UserError("--config is missing: name an experiment, such as configs/needle.py")
     results = train_and_evaluate(flags.FLAGS.config, flags.FLAGS.workdir)
     print(evaluation.table(results))
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", lock_config=True)
-    flags.DEFINE_string("workdir", None, "Where the run is kept.", required=True)
+    define_flags()
     app.run(main, sys.argv, (DataError,))

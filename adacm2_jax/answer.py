@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from adacm2_jax.config import AdaCM2Config, MemoryConfig
 from adacm2_jax.errors import UserError
@@ -39,11 +40,13 @@ class Session:
 
     Attributes:
       question: of every row, on the device.
+      rng: for sampling; the same for every policy.
       states: by policy.
       seconds: by policy, time spent so far; what all policies share is counted for each.
     """
 
     question: Question
+    rng: jax.Array
     states: dict[str, StreamState]
     seconds: dict[str, float]
 
@@ -74,6 +77,10 @@ class Answerer:
             generation, eos_ids=(processor.eos_id,), pad_id=processor.pad_id
         )
         self._rng = jax.random.key(rng_seed)
+        sharding = jax.tree.leaves(params)[0].sharding
+        if isinstance(sharding, NamedSharding):
+            sharding = NamedSharding(sharding.mesh, PartitionSpec())
+        self._place = sharding
         self.models = {
             name: AdaCM2(dataclasses.replace(config, memory=memory))
             for name, memory in memories.items()
@@ -105,7 +112,9 @@ class Answerer:
             name: init_state(model.config, jnp.asarray(total_frames), jnp.asarray(seed))
             for name, model in self.models.items()
         }
-        return Session(question, states, dict.fromkeys(states, 0.0))
+        self._rng, rng = jax.random.split(self._rng)
+        question, states = jax.device_put((question, states), self._place)
+        return Session(question, rng, states, dict.fromkeys(states, 0.0))
 
     def observe(self, session: Session, frames: np.ndarray, valid: np.ndarray) -> None:
         """Reads a chunk into every policy's memory.
@@ -123,7 +132,8 @@ class Answerer:
             start = time.perf_counter()
             state = session.states[name]
             state = _stream(model, self._params, features, valid, session.question, state)
-            session.states[name] = jax.block_until_ready(state)
+            # Labelled alike, whatever the compiler chose: one program serves every chunk.
+            session.states[name] = jax.block_until_ready(jax.device_put(state, self._place))
             session.seconds[name] += shared + time.perf_counter() - start
 
     def answer(self, session: Session, name: str) -> list[list[Answer]]:
@@ -139,9 +149,8 @@ class Answerer:
                 "the visual tokens are not finite: the parameters hold NaN or overflow in "
                 f"{self.models[name].config.dtype}; check the checkpoint, or use dtype float32"
             )
-        self._rng, rng = jax.random.split(self._rng)
         generated = _generate(
-            self.models[name], self._params, state, session.question, self._generation, rng
+            self.models[name], self._params, state, session.question, self._generation, session.rng
         )
         ids, scores = np.asarray(generated.ids), np.asarray(generated.scores)
         session.seconds[name] += time.perf_counter() - start
@@ -152,11 +161,6 @@ class Answerer:
             ]
             for row in range(ids.shape[0])
         ]
-
-
-def kept_tokens(state: StreamState) -> np.ndarray:
-    """int[B]: live tokens of the fullest layer."""
-    return np.asarray(state.memory.length).max(axis=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,5 +1,6 @@
 """What the scripts share: flags, configuration files, and errors fit for people."""
 
+import pathlib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -7,12 +8,17 @@ from collections.abc import Callable, Sequence
 from adacm2_jax.errors import UserError
 
 
-def run(main: Callable[[], int | None], argv: Sequence[str], user_errors: tuple[type, ...]) -> None:
-    """Parses absl flags, runs ``main`` and exits.
+def run(
+    main: Callable[[], int | None],
+    argv: Sequence[str],
+    user_errors: tuple[type, ...],
+    complete: Callable[[Sequence[str]], list[str]] = list,
+) -> None:
+    """Parses absl flags, as ``complete`` fills them up, runs ``main`` and exits.
 
     An error that its reader can mend (a ``UserError``, one of ``user_errors``, a wrong flag or
-    configuration field) becomes one line on stderr and exit status 2; ``--debug`` shows where it was
-    raised.
+    configuration field) becomes one line on stderr and exit status 2; ``--debug`` shows where it
+    was raised.
     """
     from absl import flags, logging
 
@@ -21,7 +27,10 @@ def run(main: Callable[[], int | None], argv: Sequence[str], user_errors: tuple[
     logging.set_verbosity(logging.WARNING)
     debug = "--debug" in argv
     try:
-        rest = flags.FLAGS(list(argv))[1:]
+        argv = complete(argv)
+        _check_config_file(argv)
+        sys.argv = argv  # ml_collections looks for overrides there, whatever is parsed
+        rest = flags.FLAGS(argv)[1:]
         if rest:
             raise UserError(f"unexpected argument {rest[0]!r}; flags start with --, try --help")
         status = main()
@@ -31,8 +40,20 @@ def run(main: Callable[[], int | None], argv: Sequence[str], user_errors: tuple[
         if not _from_configuration(error):
             raise
         _report(error, debug)
+    except KeyboardInterrupt:
+        sys.exit(130)
     else:
         sys.exit(status or 0)
+
+
+def _check_config_file(argv: Sequence[str]) -> None:
+    """Says in one line what ml_collections says in six."""
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name in ("--config", "-config"):
+            path = (value if equals else following).split(":")[0]
+            if not pathlib.Path(path).is_file():
+                raise UserError(f"--config {path}: no such file; experiments are in configs/")
 
 
 def _from_configuration(error: Exception) -> bool:

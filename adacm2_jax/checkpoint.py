@@ -61,11 +61,10 @@ class Checkpoints:
         )
 
     def save_frozen(self, frozen: dict) -> None:
-        """Writes the frozen parameters, once for the run."""
-        path = self._workdir / "frozen"
-        if frozen and not path.exists():
+        """Writes the frozen parameters before the first step is saved, in place of older ones."""
+        if frozen:
             with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(path, frozen)
+                checkpointer.save(self._workdir / "frozen", frozen, force=True)
 
     @property
     def latest_step(self) -> int | None:
@@ -77,7 +76,8 @@ class Checkpoints:
 
         Args:
           state: of the run's shapes.
-          data: how Orbax puts the data iterator in its place; ``grain.checkpoint.CheckpointRestore``.
+          data: how Orbax puts the data iterator in its place, e.g.
+            ``grain.checkpoint.CheckpointRestore``.
 
         Raises:
           UserError: if the checkpoint is damaged.
@@ -94,12 +94,22 @@ class Checkpoints:
                 ),
             )
         except Exception as error:
-            raise _damaged(self._workdir / "checkpoints" / str(step), error) from error
+            raise _damaged(self._workdir / "checkpoints" / str(step) / "*", error) from error
         return state.replace(learned=restored["learned"], **restored["optimizer"])
 
+    def wait(self) -> None:
+        """Waits until what is being written is complete."""
+        self._manager.wait_until_finished()
+
     def close(self) -> None:
-        """Waits for what is being written."""
+        """Waits, and frees what was used."""
         self._manager.close()
+
+
+def saved_steps(workdir: str | os.PathLike) -> list[int]:
+    """The complete steps of a run, the newest last."""
+    names = [path.name for path in (pathlib.Path(workdir) / "checkpoints").glob("*")]
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 def restore_params(workdir: str | os.PathLike, abstract: dict, step: int | None = None) -> dict:
@@ -115,10 +125,7 @@ def restore_params(workdir: str | os.PathLike, abstract: dict, step: int | None 
     """
     from flax import traverse_util
 
-    root = pathlib.Path(workdir).absolute()
-    steps = sorted(
-        int(path.name) for path in (root / "checkpoints").glob("*") if path.name.isdigit()
-    )
+    root, steps = pathlib.Path(workdir).absolute(), saved_steps(workdir)
     if not steps:
         raise UserError(f"{workdir}: no checkpoint here; train first, or name another directory")
     if step is None:
@@ -139,7 +146,7 @@ def restore_params(workdir: str | os.PathLike, abstract: dict, step: int | None 
                 if not (extra or wrong):
                     found |= checkpointer.restore(part, wanted)
             except Exception as error:
-                raise _damaged(path, error) from error
+                raise _damaged(part, error) from error
             if extra or wrong:
                 lines = [f" - {name} {tuple(stored[name].shape)}" for name in extra + wrong]
                 lines += [f" + {name} {flat[name].shape}" for name in wrong]
@@ -150,8 +157,8 @@ def restore_params(workdir: str | os.PathLike, abstract: dict, step: int | None 
     missing = sorted(set(flat) - set(found))
     if missing:
         raise UserError(
-            f"{path} lacks {len(missing)} parameters of the model, the first is {missing[0]}; was it "
-            "saved with another configuration?"
+            f"{path} lacks {len(missing)} parameters of the model, the first is {missing[0]}; was "
+            "it saved with another configuration?"
         )
     return merge_params(found, {})
 
@@ -197,13 +204,14 @@ def check_same(
     old, new = _flatten(stored), _flatten(current)
     lines = []
     for name in sorted(set(old) | set(new)):
-        if old.get(name) != new.get(name) and not name.startswith(free):
+        same = (name in old) == (name in new) and old.get(name) == new.get(name)
+        if not same and not name.startswith(free):
             lines += [f" - {name} = {old[name]!r}"] if name in old else []
             lines += [f" + {name} = {new[name]!r}"] if name in new else []
     if lines:
         raise UserError(
-            f"{workdir} holds a run of another configuration (- stored, + this command); use another "
-            "--workdir, or the stored values:\n" + "\n".join(lines)
+            f"{workdir} holds a run of another configuration (- stored, + this command); use "
+            "another --workdir, or the stored values:\n" + "\n".join(lines)
         )
 
 
@@ -221,10 +229,13 @@ def _abstract(tree):
 
 
 def _damaged(path: pathlib.Path, error: Exception) -> UserError:
-    first_line = str(error).strip().split("\n")[0][:200]
+    first_line = str(error).strip().split("\n")[0][:120]
+    remedy = f"delete {path.parent} to go on from an older step"
+    if path.name == "frozen":
+        remedy = "restore it from a copy, or train again"
     return UserError(
-        f"checkpoint {path} is damaged or half-written ({type(error).__name__}: {first_line}); delete "
-        "this directory to go on from an older one"
+        f"checkpoint {path} is damaged or half-written ({type(error).__name__}: {first_line}); "
+        + remedy
     )
 
 

@@ -213,14 +213,14 @@ def instructblip_vicuna_7b(**overrides) -> AdaCM2Config:
 
 def tiny(**overrides) -> AdaCM2Config:
     """The same model at the size of a laptop: 56-pixel frames of 17 tokens, 1 M parameters."""
-    sizes = dict(
-        vision=VisionConfig(image_size=56, width=96, depth=3, num_heads=4, mlp_width=384),
+    sizes: dict[str, typing.Any] = dict(
+        vision=VisionConfig(image_size=56, width=96, depth=3, num_heads=4, mlp_width=192),
         qformer=QFormerConfig(
             vocab_size=512,
             width=96,
             depth=4,
             num_heads=4,
-            mlp_width=384,
+            mlp_width=192,
             num_queries=4,
             max_positions=64,
             dropout=0.0,

@@ -118,8 +118,7 @@ class GenerationConfig:
             )
 
 
-@struct.dataclass
-class Generated:
+class Generated(struct.PyTreeNode):
     """K token sequences for each of B rows, T = ``max_new_tokens``; in a result the best first.
 
     A row that has fewer than K sequences (a vocabulary of a handful of tokens) is filled up with
@@ -135,8 +134,7 @@ class Generated:
     scores: jax.Array
 
 
-@struct.dataclass
-class DecodeState:
+class DecodeState(struct.PyTreeNode):
     """What the decoding loop carries: B rows of K = ``num_beams`` beams."""
 
     #: int32: tokens chosen so far.

@@ -26,8 +26,7 @@ from jax.sharding import PartitionSpec
 from adacm2_jax.policies import ATTENTION, arrival_rank
 
 
-@struct.dataclass
-class VideoMemory:
+class VideoMemory(struct.PyTreeNode):
     """What one cross-attention layer remembers of B videos.
 
     In a Q-Former the leaves are stacked over its L cross-attention layers: ``[L, B, …]``.
@@ -43,14 +42,13 @@ class VideoMemory:
     frame: jax.Array
     #: int32[B, S]: its place in that frame: 0 is CLS, then the patches row by row; by slot.
     patch: jax.Array
-    #: int32[B, S]: a permutation of the slots: the live ones, oldest token first, then the free ones.
+    #: int32[B, S]: a permutation of the slots: the live ones, oldest token first, then the free.
     slots: jax.Array
     #: int32[B]: how many tokens are live.
     length: jax.Array
 
 
-@struct.dataclass
-class Retention:
+class Retention(struct.PyTreeNode):
     """One layer's counts: a row of ``policies.RetentionPlan``, ready to be scanned over layers."""
 
     #: int32[C + P + 1]: newest tokens kept whole, indexed by the number of live tokens.
@@ -63,6 +61,11 @@ class Retention:
     max_older: int = struct.field(pytree_node=False)
     #: ``attention``, ``stride`` or ``random``; see policies.py.
     ranking: str = struct.field(pytree_node=False)
+
+    @property
+    def reads_attention(self) -> bool:
+        """Whether what is kept depends on attention at all."""
+        return self.ranking == ATTENTION and self.max_older > 0
 
 
 def init_memory(
@@ -211,30 +214,24 @@ def observe(
       valid: bool[B]; a padded frame leaves the memory bit-identical.
       score_query: [B, H, R, D], further rows that score tokens but have no output (text rows).
       score_mask: bool[B, R], which of those rows are real.
-      score_output_rows: whether the rows of ``query`` score too.
+      score_output_rows: whether the rows of ``query`` score too; they always do where no row of
+        ``score_query`` is real.
       dropout: None, or a function of the probabilities (training); scores never see it.
 
     Returns:
       The attended values [B, H, N, D] (of no meaning where the frame is padding), and the memory.
     """
-    by_attention = retention.ranking == ATTENTION
-    tokens = key.shape[2]
-    if by_attention:
-        score = jnp.zeros((key.shape[0], tokens), jnp.float32)
-    else:
-        score = arrival_rank(retention.ranking, frame, tokens, retention.seed)
-    memory = insert(memory, key, value, frame, valid, score)
-    count = memory.length + tokens
+    memory, count = _arrive(memory, retention, key, value, frame, valid)
     live = live_slots(memory, count)
-
     probs = attention_probs(query, memory, live)
-    if by_attention:
-        score = jnp.zeros_like(memory.score)
-        if score_output_rows:
-            score = score + probs.sum((1, 2))
-        if score_query is not None:
-            extra = attention_probs(score_query, memory, live)
-            score = score + jnp.einsum("bhrs,br->bs", extra, score_mask.astype(jnp.float32))
+    if retention.ranking == ATTENTION:
+        score = probs.sum((1, 2))
+        if score_query is not None and score_mask is not None:
+            text = attention_probs(score_query, memory, live)
+            text = jnp.einsum("bhrs,br->bs", text, score_mask.astype(jnp.float32))
+            # Where nothing is asked no text row can score: the query rows do.
+            counts = score_output_rows | ~score_mask.any(1, keepdims=True)
+            score = text + jnp.where(counts, score, 0)
         score = jax.lax.stop_gradient(score)
         memory = memory.replace(score=jnp.where(valid[:, None], score, memory.score))
     if dropout is not None:
@@ -286,6 +283,46 @@ def observe_frames(
         step, memory, (index, query, key, value, frame, valid, score_query)
     )
     return output, memory
+
+
+def absorb_frames(
+    memory: VideoMemory,
+    retention: Retention,
+    key: jax.Array,
+    value: jax.Array,
+    frame: jax.Array,
+    valid: jax.Array,
+) -> VideoMemory:
+    """:func:`observe_frames` where nobody wants the output and the policy reads no attention.
+
+    Leaves the same tokens in the memory, without a query. The arguments are those of
+    :func:`observe_frames`; raises ``ValueError`` if ``retention.reads_attention``.
+    """
+    if retention.reads_attention:
+        raise ValueError("this policy keeps tokens by attention: frames must be observed")
+
+    def step(memory, inputs):
+        memory, count = _arrive(memory, retention, *inputs)
+        return retain(memory, count, retention, inputs[-1]), None
+
+    return jax.lax.scan(step, memory, (key, value, frame, valid))[0]
+
+
+def _arrive(
+    memory: VideoMemory,
+    retention: Retention,
+    key: jax.Array,
+    value: jax.Array,
+    frame: jax.Array,
+    valid: jax.Array,
+) -> tuple[VideoMemory, jax.Array]:
+    """A frame comes in: the memory that holds it, and the live tokens, int32[B]."""
+    tokens = key.shape[2]
+    if retention.ranking == ATTENTION:
+        score = jnp.zeros((key.shape[0], tokens), jnp.float32)
+    else:
+        score = arrival_rank(retention.ranking, frame, tokens, retention.seed)
+    return insert(memory, key, value, frame, valid, score), memory.length + tokens
 
 
 def in_time_order(memory: VideoMemory) -> dict[str, jax.Array]:

@@ -30,15 +30,15 @@ class MetricWriter:
 
     Args:
       workdir: where both go.
-      step: the step that a run goes on from: rows of later steps, which will be computed again, are
-        removed.
+      step: the step that a run goes on from: rows of later steps and evaluations (``eval/…``) of
+        that step, which will be computed again, are removed.
     """
 
     def __init__(self, workdir: str | os.PathLike, step: int = 0):
         path = pathlib.Path(workdir) / "metrics.jsonl"
         rows = path.read_text().splitlines() if path.exists() else []
         beside = path.with_suffix(".partial")
-        beside.write_text("".join(f"{row}\n" for row in rows if _step(row) <= step))
+        beside.write_text("".join(f"{row}\n" for row in rows if _stays(row, step)))
         beside.replace(path)
         self._file = path.open("a")
         try:
@@ -62,8 +62,10 @@ class MetricWriter:
             self._events.close()
 
 
-def _step(row: str) -> float:
+def _stays(row: str, step: int) -> bool:
     try:
-        return json.loads(row)["step"]
-    except (ValueError, KeyError):
-        return math.inf  # a row that a killed process left half-written
+        values = json.loads(row)
+    except ValueError:
+        return False  # a row that a killed process left half-written
+    evaluation = any(name.startswith("eval/") for name in values)
+    return values["step"] < step + (not evaluation)

@@ -87,7 +87,7 @@ def make_optimizer(
 
 
 def gradient_norms(gradients: dict) -> dict[str, jax.Array]:
-    """The norm of each top-level part (``qformer``, ``llm``, …): what to look at when one explodes."""
+    """The norm of each top-level part (``qformer``, ``llm``, …): a NaN is traced by it."""
     parts = sorted({path.split("/")[0] for path in gradients})
     return {
         part: optax.global_norm([g for path, g in gradients.items() if path.split("/")[0] == part])

@@ -12,7 +12,7 @@ full       min(n, capacity)       0                (the newest stay once max_fra
 recent     as many as adacm2      0                (the newest stay)
 uniform    0                      as many          an even stride over all tokens of the video
 random     0                      as many          a random number drawn when the token arrives
-budget     ⌊ρ·capacity⌋           the rest         cross-attention; nothing dropped while n ≤ capacity
+budget     ⌊ρ·capacity⌋           the rest         cross-attention; all stay while n ≤ capacity
 =========  =====================  ===============  =============================================
 
 ``recent``, ``uniform`` and ``random`` keep exactly as many tokens as ``adacm2`` with the same ρ and
@@ -85,16 +85,17 @@ def retention_plan(config: MemoryConfig, tokens_per_frame: int, num_layers: int)
     if config.policy == "full":
         capacity = config.max_frames * tokens_per_frame
         recent = np.minimum(np.arange(capacity + tokens_per_frame + 1), capacity)
-        return _plan(capacity, [recent] * num_layers, [0 * recent] * num_layers, ATTENTION)
+        recent = np.tile(recent, (num_layers, 1))
+        return _plan(capacity, recent, 0 * recent, ATTENTION)
 
     rhos = _per_layer("recent_ratio", config.recent_ratio, num_layers)
     if config.policy == "budget":
         live = np.arange(config.capacity + tokens_per_frame + 1)
-        newest = [
-            np.where(live > config.capacity, int(rho * config.capacity), live) for rho in rhos
-        ]
-        older = [np.where(live > config.capacity, config.capacity - recent, 0) for recent in newest]
-        return _plan(config.capacity, newest, older, ATTENTION)
+        crowded = live > config.capacity
+        shares = np.array([[int(rho * config.capacity)] for rho in rhos])
+        recent = np.where(crowded, shares, live)
+        older = np.where(crowded, config.capacity - shares, 0)
+        return _plan(config.capacity, recent, older, ATTENTION)
 
     betas = _per_layer("conserve_ratio", config.conserve_ratio, num_layers)
     capacity = max(map(capacity_bound, [tokens_per_frame] * num_layers, rhos, betas))
@@ -117,9 +118,9 @@ def arrival_rank(
 ) -> jax.Array:
     """Ranks that are fixed when a frame arrives; higher stays longer.
 
-    ``stride`` orders the token ids ``frame · P + patch`` by their radical inverse in base 2 (van der
-    Corput), so that whatever number survives is spread evenly over the video so far. ``random`` draws
-    uniformly, which makes the survivors a uniform random subset of all tokens seen.
+    ``stride`` orders the token ids ``frame · P + patch`` by their radical inverse in base 2 (van
+    der Corput), so that whatever number survives is spread evenly over the video so far. ``random``
+    draws uniformly, which makes the survivors a uniform random subset of all tokens seen.
 
     Args:
       ranking: ``stride`` or ``random``.
@@ -160,7 +161,5 @@ def _per_layer(field: str, value, num_layers: int) -> list[Fraction]:
     return [as_fraction(ratio) for ratio in value]
 
 
-def _plan(capacity: int, recent, older, ranking: str) -> RetentionPlan:
-    return RetentionPlan(
-        capacity, np.asarray(recent, np.int32), np.asarray(older, np.int32), ranking
-    )
+def _plan(capacity: int, recent: np.ndarray, older: np.ndarray, ranking: str) -> RetentionPlan:
+    return RetentionPlan(capacity, recent.astype(np.int32), older.astype(np.int32), ranking)

@@ -1,12 +1,15 @@
 """Questions and answers to token ids, and back.
 
 Two tokenizers, as in LAVIS's InstructBLIP (blip2_vicuna_instruct.py): a BERT one for the Q-Former
-(``[CLS] question [SEP]``) and a LLaMA one for the language model, where ``</s>`` opens and ends every
-text. Lengths are static: every text is padded to the configuration's limit.
+(``[CLS] question [SEP]``) and a LLaMA one for the language model, where ``</s>`` opens and ends
+every text. Lengths are static: every text is padded to the configuration's limit.
 """
 
+import collections
 import functools
+import os
 import pathlib
+import shutil
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -58,9 +61,13 @@ class Processor:
         return cls(read(QFORMER_DIR), read(LLM_DIR), config)
 
     def save(self, directory: str | pathlib.Path) -> None:
-        """Writes both tokenizers in Hugging Face's layout."""
-        self._qformer.save_pretrained(pathlib.Path(directory) / QFORMER_DIR)
-        self._llm.save_pretrained(pathlib.Path(directory) / LLM_DIR)
+        """Writes both tokenizers in Hugging Face's layout, in place of those that are there."""
+        for name, tokenizer in ((QFORMER_DIR, self._qformer), (LLM_DIR, self._llm)):
+            target = pathlib.Path(directory) / name
+            beside = target.with_name(f".{name}.{os.getpid()}")
+            tokenizer.save_pretrained(beside)
+            shutil.rmtree(target, ignore_errors=True)
+            beside.rename(target)
 
     def questions(self, questions: Sequence[str]) -> Question:
         """Prompts to generate from: the language model's side is padded on the left.
@@ -83,8 +90,8 @@ class Processor:
         """Teacher-forcing rows: prompt, answer and ``</s>``, padded on the right.
 
         Returns:
-          A ``Question`` whose ``llm_*`` are [B, max_text_len + max_answer_len], and bool of the same
-          shape: true on the answer's tokens.
+          A ``Question`` whose ``llm_*`` are [B, max_text_len + max_answer_len], and bool of the
+          same shape: true on the answer's tokens.
         """
         encoded = [self._encode(question) for question in questions]
         qformer, prompts = zip(*encoded, strict=True)
@@ -129,7 +136,8 @@ def train_tokenizers(
     """Learns both tokenizers from a corpus, for a model that starts from nothing, and saves them.
 
     A lower-casing WordPiece tokenizer of BERT's form and a byte-level BPE tokenizer with LAVIS's
-    special tokens; neither is larger than the model's embedding tables.
+    special tokens; neither is larger than the model's embedding tables. The same texts give the
+    same tokenizers, in every process.
     """
     from tokenizers import (
         Tokenizer,
@@ -143,19 +151,16 @@ def train_tokenizers(
     from transformers import PreTrainedTokenizerFast
 
     texts = sorted(set(texts))
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[DEC]"]
-    bert = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    bert.normalizer = normalizers.BertNormalizer(lowercase=True)
-    bert.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    bert.train_from_iterator(
-        texts,
-        trainers.WordPieceTrainer(
-            vocab_size=config.qformer.vocab_size,
-            special_tokens=special,
-            initial_alphabet=list("abcdefghijklmnopqrstuvwxyz0123456789"),
-            show_progress=False,
-        ),
+    normalizer = normalizers.BertNormalizer(lowercase=True)
+    splitter = pre_tokenizers.BertPreTokenizer()
+    words = collections.Counter(
+        word
+        for text in texts
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))
     )
+    vocabulary = _word_pieces(words, config.qformer.vocab_size)
+    bert = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    bert.normalizer, bert.pre_tokenizer = normalizer, splitter
     bert.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
@@ -191,6 +196,23 @@ def train_tokenizers(
     )
     processor.save(directory)
     return processor
+
+
+def _word_pieces(words: collections.Counter, size: int) -> dict[str, int]:
+    """BERT's special tokens, the letters, and the most frequent words that there is room for.
+
+    The library's own trainer numbers its pieces by a hash that differs from process to process.
+    """
+    letters = collections.Counter("abcdefghijklmnopqrstuvwxyz0123456789")
+    for word, count in words.items():
+        letters.update(dict.fromkeys(word, count))
+    by_frequency = sorted(letters, key=lambda letter: (-letters[letter], letter))
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[DEC]"]
+    # A writing of thousands of letters leaves half of the room to words.
+    for letter in by_frequency[: max(36, size // 4)]:
+        pieces += [letter, f"##{letter}"]
+    pieces += sorted(words, key=lambda word: (-words[word], word))
+    return {piece: i for i, piece in enumerate(list(dict.fromkeys(pieces))[:size])}
 
 
 def _pad(

@@ -1,13 +1,12 @@
 """Where arrays live: one mesh, one table.
 
 Weights are sharded by how often a step uses them. The ViT and the Q-Former run once a *frame*, so
-they are replicated; the language model runs once a *video*, so it is split over ``data`` (and gathered
-layer by layer). Batches, and with them the memory, are split over ``data``; slots never are.
+they are replicated; the language model runs once a *video*, so it is split over ``data`` (and
+gathered layer by layer). Batches, and with them the memory, are split over ``data``; slots never.
 """
 
 import flax.linen as nn
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from adacm2_jax.errors import UserError
@@ -89,20 +88,22 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def shard_batch(batch, mesh: Mesh):
-    """Puts this process's rows of a batch (numpy leaves, batch axis first) on the mesh.
+def rows_per_process(batch_size: int, mesh: Mesh) -> int:
+    """How many rows of a batch each process brings.
 
     Raises:
-      UserError: if the global batch does not divide over the data axis.
+      UserError: if the batch does not divide over the data axis and the processes.
     """
+    shards, processes = mesh.shape["data"], jax.process_count()
+    if batch_size % shards or batch_size % processes:
+        raise UserError(
+            f"train.batch_size = {batch_size} does not divide over {shards} data shards and "
+            f"{processes} process(es); change it, or mesh"
+        )
+    return batch_size // processes
+
+
+def shard_batch(batch, mesh: Mesh):
+    """Puts this process's rows of a batch (numpy leaves, batch axis first) on the mesh."""
     sharding = NamedSharding(mesh, PartitionSpec("data"))
-
-    def put(rows: np.ndarray):
-        if len(rows) * jax.process_count() % mesh.shape["data"]:
-            raise UserError(
-                f"a batch of {len(rows) * jax.process_count()} does not divide over "
-                f"{mesh.shape['data']} data shards; change batch_size or mesh"
-            )
-        return jax.make_array_from_process_local_data(sharding, rows)
-
-    return jax.tree.map(put, batch)
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)

@@ -1,6 +1,7 @@
 """One step of training: clips and questions in, the next state out."""
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -13,8 +14,7 @@ from adacm2_jax.models.adacm2 import AdaCM2, Question, init_state
 from adacm2_jax.optim import gradient_norms, merge_params
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """All that changes in training, and the frozen parameters beside it."""
 
     #: int32: steps done.
@@ -32,8 +32,7 @@ class TrainState:
         return merge_params(self.learned, self.frozen)
 
 
-@struct.dataclass
-class Batch:
+class Batch(struct.PyTreeNode):
     """Clips with questions and answers, ready for the device."""
 
     #: uint8[B, T, height, width, 3].
@@ -78,7 +77,8 @@ def make_train_step(
     """Compiles the step; its state is donated.
 
     The metrics hold ``loss``, ``token_accuracy``, ``grad_norm`` and the norm of every part's
-    gradient (``grad_norm/qformer`` …), so that a NaN can be traced to where it arose.
+    gradient (``grad_norm/qformer`` …). Where the loss or a gradient is not finite the state stays
+    as it was, so that :func:`explain_nonfinite` can tell where that came from.
     """
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -95,19 +95,40 @@ def make_train_step(
         }
         for part, norm in gradient_norms(gradients).items():
             metrics[f"grad_norm/{part}"] = norm
-        return (
-            state.replace(
-                step=state.step + 1,
-                learned=optax.apply_updates(state.learned, updates),
-                opt_state=opt_state,
-            ),
-            metrics,
+        learned = optax.apply_updates(state.learned, updates)
+        good = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
+        step, learned, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old),
+            (state.step + 1, learned, opt_state),
+            (state.step, state.learned, state.opt_state),
         )
+        return state.replace(step=step, learned=learned, opt_state=opt_state), metrics
 
     return train_step
 
 
-def first_nonfinite(metrics: dict) -> str | None:
-    """The name of what is not finite: the parts' gradients first, then the loss; else None."""
-    names = [name for name in metrics if name.startswith("grad_norm/")] + ["loss"]
-    return next((name for name in names if not jnp.isfinite(metrics[name])), None)
+def explain_nonfinite(state: TrainState, metrics: dict) -> str | None:
+    """Where NaN or infinity came from, for people; None if loss and gradients are finite.
+
+    Args:
+      state: after the step.
+      metrics: of the step, on the host.
+    """
+    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+    if not bad:
+        return None
+    parts = [name.removeprefix("grad_norm/") for name in bad if name.startswith("grad_norm/")]
+    found = [] if math.isfinite(metrics["loss"]) else [f"the loss is {metrics['loss']}"]
+    found += [f"the gradient of {', '.join(parts)} is not finite"] if parts else []
+    largest = {
+        path: float(jnp.abs(leaf).max()) for path, leaf in (state.frozen | state.learned).items()
+    }
+    damaged = [path for path, value in largest.items() if not math.isfinite(value)]
+    if damaged:
+        found.append(
+            f"{len(damaged)} parameter(s) were not finite before, the first is {damaged[0]}"
+        )
+    else:
+        path = max(largest, key=lambda path: largest[path])
+        found.append(f"parameters were finite, the largest is {largest[path]:.3g} in {path}")
+    return "; ".join(found)

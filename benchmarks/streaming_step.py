@@ -7,7 +7,7 @@ reads a chunk of F frames a call, PyTorch frame by frame. Encoder and language m
 
 import argparse
 
-import _paired
+import _paired  # before JAX: it sets the number of threads
 import flax.linen as nn
 import jax
 import jax.numpy as jnp

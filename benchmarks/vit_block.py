@@ -7,7 +7,7 @@ takes: layer norms, softmax, GELU, biases, residuals and moving data.
 
 import argparse
 
-import _paired
+import _paired  # before JAX: it sets the number of threads
 import flax.linen as nn
 import jax
 import jax.numpy as jnp

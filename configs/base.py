@@ -1,7 +1,7 @@
 """Every field of an experiment, with its default; the experiments beside this file change a few.
 
-A field is overridden on the command line as ``--config.train.steps=100``; one that does not exist is
-an error.
+A field is overridden on the command line as ``--config.train.steps=100``; one that does not exist
+is an error.
 """
 
 import ml_collections

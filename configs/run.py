@@ -9,14 +9,11 @@ from adacm2_jax.checkpoint import read_config
 
 
 def get_config(workdir: str) -> ml_collections.ConfigDict:
-    config = ml_collections.ConfigDict(read_config(workdir), convert_dict=True)
-    with config.unlocked():
-        for path in ("mesh", "optim.groups", "eval.policies"):  # JSON has no tuples
-            *parents, name = path.split(".")
-            owner = config
-            for parent in parents:
-                owner = owner[parent]
-            owner[name] = tuple(
-                tuple(v) if isinstance(v, (list, tuple)) else v for v in owner[name]
-            )
-    return config.lock()
+    return ml_collections.ConfigDict(_with_tuples(read_config(workdir)))
+
+
+def _with_tuples(value):
+    """Lists as tuples again, which JSON does not have and overrides need."""
+    if isinstance(value, dict):
+        return {name: _with_tuples(item) for name, item in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import pathlib
+import shutil
+import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +18,7 @@ from tqdm import tqdm
 
 from data.errors import DataError
 from data.jsonl import Example
-from data.pipeline import LoadClip, clips, stack
+from data.pipeline import LoadClip, clips, iter_batches, stack
 
 _ROWS = 64
 
@@ -86,24 +89,50 @@ def cached_clips(
 
 def _fill(source: Sequence[Example], load: LoadClip, target: pathlib.Path, workers: int) -> None:
     shape = (len(source), load.num_frames, load.size, load.size, 3)
-    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    disk = os.statvfs(partial)
-    if np.prod(shape, dtype=np.int64) > disk.f_bavail * disk.f_frsize:
-        partial.rmdir()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(target)
+    disk, size = os.statvfs(target.parent), math.prod(shape)
+    if size > disk.f_bavail * disk.f_frsize:
         raise DataError(
-            f"{target.parent}: no room for {np.prod(shape, dtype=np.int64) / 1e9:.1f} GB of decoded "
-            "clips; unset data.cache, or set data.cache_dir to a larger disk"
+            f"{target.parent}: no room for {size / 1e9:.1f} GB of decoded clips; unset data.cache, "
+            "or set data.cache_dir to a larger disk"
         )
+    partial = target.with_name(f"{target.name}.partial-{socket.gethostname()}-{os.getpid()}")
+    partial.mkdir()
+    try:
+        _decode(source, load, partial, shape, workers)
+        partial.rename(target)
+    except OSError:
+        if not target.exists():  # else another process was quicker
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_abandoned(target: pathlib.Path) -> None:
+    """Removes what killed processes of this machine left: it may be many gigabytes."""
+    for partial in target.parent.glob(f"{target.name}.partial-{socket.gethostname()}-*"):
+        try:
+            os.kill(int(partial.name.rsplit("-", 1)[1]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(partial, ignore_errors=True)
+        except PermissionError:
+            continue  # alive, and somebody else's
+
+
+def _decode(
+    source: Sequence[Example],
+    load: LoadClip,
+    partial: pathlib.Path,
+    shape: tuple[int, ...],
+    workers: int,
+) -> None:
     create = np.lib.format.open_memmap
     frames = create(partial / "frames.npy", "w+", np.uint8, shape)
     valid = create(partial / "valid.npy", "w+", bool, shape[:2])
     texts: list[tuple[str, str]] = []
     batches = clips(source, load).batch(_ROWS, drop_remainder=False, batch_fn=stack)
-    reader = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
-    if workers:
-        options = grain.MultiprocessingOptions(num_workers=workers)
-        reader = iter(batches.to_iter_dataset().mp_prefetch(options))
+    reader = iter_batches(batches, workers)
     for batch in tqdm(reader, total=-(-len(source) // _ROWS), desc="decode", disable=None):
         rows = slice(len(texts), len(texts) + len(batch["index"]))
         frames[rows], valid[rows] = batch["frames"], batch["valid"]
@@ -112,4 +141,3 @@ def _fill(source: Sequence[Example], load: LoadClip, target: pathlib.Path, worke
     frames.flush()
     valid.flush()
     (partial / "texts.json").write_text(json.dumps(texts))
-    partial.rename(target)

@@ -95,8 +95,8 @@ def training_batches(
 ) -> grain.DatasetIterator:
     """An endless iterator over shuffled batches of this process.
 
-    The order depends on ``seed`` alone; the iterator's state can be saved and restored (with Orbax)
-    and goes on with the very next batch.
+    The order depends on ``seed`` alone. The iterator's state can be saved and restored (with
+    Orbax), by as many ``workers``, and goes on with the very next batch.
 
     Args:
       dataset: from :func:`clips` or ``data.cache.cached_clips``.
@@ -110,11 +110,17 @@ def training_batches(
     """
     if len(dataset) < batch_size * world:
         raise DataError(
-            f"{len(dataset)} training examples do not fill one batch of {batch_size * world}; lower "
-            "batch_size"
+            f"{len(dataset)} training examples do not fill one batch of {batch_size * world}; "
+            "lower batch_size"
         )
     rows = dataset.seed(seed).shuffle()[rank::world].repeat()
-    batches = rows.batch(batch_size, batch_fn=stack)
+    # Endless rows leave no remainder; counting it overflows where batch_size is 1.
+    batches = rows.batch(batch_size, drop_remainder=True, batch_fn=stack)
+    return iter_batches(batches, workers)
+
+
+def iter_batches(batches: grain.MapDataset, workers: int) -> grain.DatasetIterator:
+    """Reads batches ahead: in ``workers`` processes, or in threads of this one; the same order."""
     if workers:
         reader = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
         return iter(reader.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers)))

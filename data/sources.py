@@ -67,21 +67,24 @@ def open_source(config: Any, split: str) -> Sequence[Example]:
 
     Args:
       config: with ``source`` (``needle`` or ``jsonl``) and its fields; see ``configs/``.
-      split: ``train`` or ``test``. For ``jsonl``, the fields ``train`` and ``test`` are file names.
+      split: ``train`` or ``test``. For ``jsonl``, the fields ``train`` and ``test`` are file names;
+        only the answers of ``train`` are required.
 
     Raises:
       DataError: for an unknown source, or a file that is missing or wrong.
     """
     if config.source == "jsonl":
+        if split not in config.jsonl:
+            raise DataError(f"split {split!r} is unknown; data.jsonl has {', '.join(config.jsonl)}")
         path = config.jsonl[split]
         if not path:
             raise DataError(f"data.jsonl.{split} is empty: set it to a JSON-lines file")
-        return JsonlSource(path)
+        return JsonlSource(path, require_answer=split == "train")
     if config.source == "needle":
         from data.needle.builder import build
 
         sizes = {"train": config.needle.train_size, "test": config.needle.test_size}
         sizes = {name: size for name, size in sizes.items() if size}
-        builder = build(config.data_dir, config.needle.num_frames, sizes)
-        return RecordSource(builder.data_path, split, config.needle.evidence_only)
+        directory = build(config.data_dir, config.needle.num_frames, sizes)
+        return RecordSource(directory, split, config.needle.evidence_only)
     raise DataError(f"data.source is {config.source!r}; it must be 'needle' or 'jsonl'")

@@ -19,6 +19,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 import hypothesis  # noqa: E402
+import pytest  # noqa: E402
 
 # Compilation makes the first example slow, so no deadline; in CI the same examples in every run.
 hypothesis.settings.register_profile("default-no-deadline", deadline=None)
@@ -27,6 +28,41 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default-no-d
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 collect_ignore = [] if HAS_TORCH else ["parity"]
+
+
+@pytest.fixture(scope="session")
+def compiled_once(tmp_path_factory):
+    """What jax compiles is kept for the whole session, also by the processes that tests start."""
+    import jax
+
+    given = jax.config.jax_compilation_cache_dir
+    jax.config.update(
+        "jax_compilation_cache_dir", given or str(tmp_path_factory.mktemp("compiled"))
+    )
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> Path:
+    """Where the videos of the needle task are built, once."""
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="session")
+def small_run(compiled_once, data_dir, tmp_path_factory) -> Path:
+    """A finished, never interrupted run of tests/small.py. Tests must not change it."""
+    from tests.small import run_script
+
+    workdir = tmp_path_factory.mktemp("runs") / "small"
+    status = run_script(
+        "train.py",
+        "--config=tests/small.py",
+        f"--workdir={workdir}",
+        f"--config.data.data_dir={data_dir}",
+    )
+    assert status == 0
+    return workdir
 
 
 def pytest_report_header() -> str:

@@ -88,7 +88,8 @@ class Clip:
 
     def scoring(self, t: int, b: int) -> np.ndarray:
         text = self.text[t, b][:, self.text_mask[b]]
-        chosen = {"query": [self.query[t, b]], "text": [text]}
+        only_text = [text] if self.text_mask[b].any() else [self.query[t, b]]
+        chosen = {"query": [self.query[t, b]], "text": only_text}
         return np.concatenate(chosen.get(self.rows, [self.query[t, b], text]), axis=1)
 
 

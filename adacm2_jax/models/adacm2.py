@@ -26,7 +26,7 @@ from adacm2_jax.config import AdaCM2Config
 from adacm2_jax.memory import Retention, VideoMemory, init_memory
 from adacm2_jax.models.layers import ZEROS, Dense, LayerNorm, param
 from adacm2_jax.models.llama import KVCache, Llama, init_cache
-from adacm2_jax.models.qformer import Frames, QFormer
+from adacm2_jax.models.qformer import Frames, QFormer, absorb
 from adacm2_jax.models.vit import VisionTransformer
 from adacm2_jax.policies import RetentionPlan, retention_plan
 
@@ -35,8 +35,7 @@ PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-@struct.dataclass
-class StreamState:
+class StreamState(struct.PyTreeNode):
     """What is known of B videos (each with its question) after the frames seen so far."""
 
     #: leaves [L, B, …]: the memory of every cross-attention layer.
@@ -51,8 +50,7 @@ class StreamState:
     seed: jax.Array
 
 
-@struct.dataclass
-class Question:
+class Question(struct.PyTreeNode):
     """A batch of questions as both language networks read them."""
 
     #: int32[B, R]: in the Q-Former's vocabulary, padded on the right.
@@ -166,19 +164,27 @@ class AdaCM2(nn.Module):
         features = features + self._temporal(position[::share]).astype(features.dtype)[:, :, None]
         key, value = (jnp.repeat(kv, share, axis=2) for kv in self.qformer.project(features))
         frames = Frames(key, value, index.T, valid.T)
+        memory, retention = state.memory, self._retention(state.seed)
+        last = jnp.max(jnp.where(valid, jnp.arange(valid.shape[1]), -1), axis=1)
+        seen, last = last >= 0, jnp.maximum(last, 0)
+        if not retention.reads_attention:
+            # The frames before the last one matter by their tokens alone: no query need read them.
+            before = frames.valid & (jnp.arange(valid.shape[1])[:, None] != last)
+            memory = absorb(memory, retention, frames.replace(valid=before))
+            frames = frames.only(last)
+            last = jnp.zeros_like(last)
         queries, memory = self.qformer(
             question.qformer_ids,
             question.qformer_mask,
             frames,
-            state.memory,
-            self._retention(state.seed),
+            memory,
+            retention,
             deterministic,
         )
-        last = jnp.max(jnp.where(valid, jnp.arange(valid.shape[1]), -1), axis=1)
-        newest = jnp.take_along_axis(queries, jnp.maximum(last, 0)[:, None, None, None], axis=1)
+        newest = jnp.take_along_axis(queries, last[:, None, None, None], axis=1)[:, 0]
         return state.replace(
             memory=memory,
-            queries=jnp.where((last >= 0)[:, None, None], newest[:, 0], state.queries),
+            queries=jnp.where(seen[:, None, None], newest, state.queries),
             frames_seen=state.frames_seen + valid.sum(1, dtype=jnp.int32),
         )
 
@@ -230,7 +236,7 @@ class AdaCM2(nn.Module):
         return self.llm.logits(hidden[:, -1]), cache
 
     def decode(self, ids: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        """One more token: int32[B] → its successor's logits float32[B, vocabulary], and the cache."""
+        """One more token: int32[B] → the next one's logits float32[B, vocabulary], and the cache."""
         positions = cache.mask.sum(axis=1, dtype=jnp.int32)[:, None]
         embeddings = self.llm.embed(ids[:, None], cache.key.dtype)
         mask = jnp.ones((ids.shape[0], 1), bool)
@@ -238,7 +244,7 @@ class AdaCM2(nn.Module):
         return self.llm.logits(hidden[:, 0]), cache
 
     def __call__(self, frames: jax.Array, question: Question) -> jax.Array:
-        """Touches every parameter, for ``init``: a whole clip to the first answer token's logits."""
+        """Touches every parameter, for ``init``: a clip to the first answer token's logits."""
         valid = jnp.ones(frames.shape[:2], bool)
         state = init_state(self.config, jnp.full((frames.shape[0],), frames.shape[1], jnp.int32))
         state = self.stream(self.encode_frames(frames), valid, question, state)

@@ -1,8 +1,10 @@
-"""A LLaMA decoder (Vicuna-7B at full size), with grouped-query attention and an explicit KV cache.
+"""A LLaMA decoder (Vicuna-7B at full size): grouped-query attention, an explicit KV cache.
 
-RMSNorm in float32, cast back before the weight; rotary positions in half-split (Hugging Face) order;
-SwiGLU; no biases. The same code serves training (no cache), prefill and decoding.
+RMSNorm in float32, cast back before the weight; rotary positions in half-split (Hugging Face)
+order; SwiGLU; no biases. The same code serves training (no cache), prefill and decoding.
 """
+
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,8 +15,7 @@ from adacm2_jax.config import LlamaConfig
 from adacm2_jax.models.layers import ONES, Dense, attention, embedding, param, rematerialised
 
 
-@struct.dataclass
-class KVCache:
+class KVCache(struct.PyTreeNode):
     """Keys and values of all layers, at a fixed length; an argument and a result of the decoder."""
 
     #: [layers, B, length, KV heads, D].
@@ -97,9 +98,9 @@ class Llama(nn.Module):
     """Embeddings to hidden states, and hidden states to logits.
 
     ``embed`` turns token ids into embeddings; the caller may put visual tokens among them. Calling
-    the module without a cache computes a whole sequence (training); with one, it appends S tokens to
-    what the cache holds (prefill with S = prompt, then S = 1). ``logits`` is a method of its own, so
-    that nobody pays for a vocabulary of logits at places that are not read.
+    the module without a cache computes a whole sequence (training); with one, it appends S tokens
+    to what the cache holds (prefill with S = prompt, then S = 1). ``logits`` is a method of its
+    own, so that nobody pays for a vocabulary of logits at places that are not read.
     """
 
     config: LlamaConfig
@@ -131,7 +132,7 @@ class Llama(nn.Module):
         mask: jax.Array,
         positions: jax.Array,
         cache: KVCache | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
+    ) -> tuple[jax.Array, Any]:
         """Runs the decoder.
 
         Args:
@@ -141,7 +142,7 @@ class Llama(nn.Module):
           cache: None, or what came before, with room for S more.
 
         Returns:
-          Normalised hidden states [B, S, W], and the cache with the new tokens (or None).
+          Normalised hidden states [B, S, W], and the ``KVCache`` with the new tokens, or None.
         """
         length = embeddings.shape[1]
         index = jnp.zeros((), jnp.int32)
@@ -156,7 +157,8 @@ class Llama(nn.Module):
             embeddings, positions, causal[None, None] & known[:, None, None], index, layer_cache
         )
         if cache is not None:
-            cache = KVCache(*layer_cache, mask=known, index=index + length)
+            key, value = layer_cache
+            cache = KVCache(key=key, value=value, mask=known, index=index + length)
         return self.norm(x), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:

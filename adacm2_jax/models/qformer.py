@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from adacm2_jax.config import QFormerConfig
-from adacm2_jax.memory import Retention, VideoMemory, observe_frames
+from adacm2_jax.memory import Retention, VideoMemory, absorb_frames, observe_frames
 from adacm2_jax.models.layers import (
     ZEROS,
     Dense,
@@ -33,8 +33,7 @@ from adacm2_jax.models.layers import (
 )
 
 
-@struct.dataclass
-class Frames:
+class Frames(struct.PyTreeNode):
     """A chunk of frames as the Q-Former reads them: projected once, whatever the question."""
 
     #: [L, F, B, H, P, D]: keys for every cross-attention layer.
@@ -45,6 +44,27 @@ class Frames:
     index: jax.Array
     #: bool[F, B]: false where the frame is padding.
     valid: jax.Array
+
+    def only(self, place: jax.Array) -> "Frames":
+        """The one frame at int32[B] ``place`` of each video: a chunk of F = 1."""
+
+        def pick(leaf, axis):
+            rows = place.reshape((1,) * (axis + 1) + (-1,) + (1,) * (leaf.ndim - axis - 2))
+            return jnp.take_along_axis(leaf, rows, axis=axis)
+
+        return Frames(
+            pick(self.key, 1), pick(self.value, 1), pick(self.index, 0), pick(self.valid, 0)
+        )
+
+
+def absorb(memory: VideoMemory, retention: Retention, frames: Frames) -> VideoMemory:
+    """Reads a chunk into the memory of all layers without a query; see ``memory.absorb_frames``."""
+
+    def layer(inputs):
+        memory, retention, key, value = inputs
+        return absorb_frames(memory, retention, key, value, frames.index, frames.valid)
+
+    return jax.lax.map(layer, (memory, retention, frames.key, frames.value))
 
 
 class FrameProjection(nn.Module):
@@ -106,7 +126,7 @@ class CrossAttention(nn.Module):
         memory: VideoMemory,
         retention: Retention,
     ) -> tuple[jax.Array, VideoMemory]:
-        """Query rows [B, F, N, E] read one layer's frames and memory; text rows [B, F, R, E] score."""
+        """Query rows [B, F, N, E] read one layer's memory; text rows [B, F, R, E] may score."""
         c = self.config
         shape = (c.width, c.num_heads, c.width // c.num_heads)
         axes = ("embed", "heads", "head_dim")
@@ -161,7 +181,7 @@ class Group(nn.Module):
 
     @nn.compact
     def __call__(self, x, text_mask, frames_valid, inputs):
-        """Carries the rows x [B, F, N + R, E]; ``inputs`` are this layer's key, value, memory, counts."""
+        """Carries x [B, F, N + R, E]; ``inputs`` are this layer's key, value, memory, counts."""
         c = self.config
         index, valid = frames_valid
         key, value, memory, retention = inputs
@@ -169,15 +189,15 @@ class Group(nn.Module):
         queries_mask = jnp.ones((batch, c.num_queries), bool)
         mask = jnp.repeat(jnp.concatenate([queries_mask, text_mask], axis=1), frames, axis=0)
         for i in range(c.cross_attention_every):
-            layer = SelfAttention(c, self.deterministic, name=f"self_attention_{i}")
-            x = layer(x.reshape(batch * frames, rows, width), mask[:, None, None])
+            attend = SelfAttention(c, self.deterministic, name=f"self_attention_{i}")
+            x = attend(x.reshape(batch * frames, rows, width), mask[:, None, None])
             x = x.reshape(batch, frames, rows, width)
             queries, text = x[:, :, : c.num_queries], x[:, :, c.num_queries :]
             if i == 0:
-                layer = CrossAttention(
+                read = CrossAttention(
                     c, self.score_rows, self.deterministic, name="cross_attention"
                 )
-                queries, memory = layer(
+                queries, memory = read(
                     queries, text, text_mask, Frames(key, value, index, valid), memory, retention
                 )
             queries = FeedForward(c, self.deterministic, name=f"query_ffn_{i}")(queries)

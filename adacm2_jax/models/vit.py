@@ -9,7 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from adacm2_jax.config import VisionConfig
-from adacm2_jax.models.layers import Dense, LayerNorm, Mlp, attention, embedding, param, rematerialised
+from adacm2_jax.models.layers import (
+    Dense,
+    LayerNorm,
+    Mlp,
+    attention,
+    embedding,
+    param,
+    rematerialised,
+)
 
 
 class Block(nn.Module):

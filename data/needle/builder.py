@@ -1,15 +1,22 @@
-"""The needle task as a TFDS data set of encoded videos, stored as array_record, without TensorFlow."""
+"""The needle task as a TFDS data set of encoded videos: array_record, without TensorFlow."""
 
 import concurrent.futures
+import functools
 import itertools
+import logging
 import multiprocessing
 import os
+import pathlib
 from collections.abc import Iterator
 
 import numpy as np
 import tensorflow_datasets as tfds
 
+from data.errors import DataError
 from data.needle.render import QUESTION, draw_video, encode, load_digits
+
+# So many are drawn before worker processes have so much as started.
+_FEW_FRAMES = 4000
 
 
 class NeedleConfig(tfds.core.BuilderConfig):
@@ -69,7 +76,7 @@ def make_record(split: str, num_frames: int, number: int) -> dict:
     seed = [{"train": 0, "test": 1}[split], num_frames, number]
     digits, labels = _digits(split)
     frames, colour, digit, needle = draw_video(
-        digits, labels, num_frames, np.random.default_rng(seed)
+        digits, labels, num_frames, np.random.default_rng(seed), repeat=split == "test"
     )
     return {
         "id": f"{split}-t{num_frames}-{number:05d}",
@@ -81,25 +88,44 @@ def make_record(split: str, num_frames: int, number: int) -> dict:
     }
 
 
-def build(data_dir: str | os.PathLike, num_frames: int, sizes: dict[str, int]) -> Needle:
-    """Writes the data set unless it is there already; returns its builder."""
+def build(data_dir: str | os.PathLike, num_frames: int, sizes: dict[str, int]) -> pathlib.Path:
+    """Writes the data set unless it is there already; returns its directory.
+
+    Raises:
+      DataError: for a length or a size that no data set can have.
+    """
+    if num_frames < 1 or num_frames == 2:
+        raise DataError(
+            f"data.needle.num_frames = {num_frames}: must be 1, or 3 and more (a colour that "
+            "distracts occurs twice)"
+        )
+    if not sizes or min(sizes.values()) < 1:
+        raise DataError(f"data.needle: sizes are {sizes}; a split needs 1 or more videos")
     config = NeedleConfig(num_frames=num_frames, sizes=sizes)
-    builder = Needle(data_dir=os.fspath(data_dir), config=config, file_format="array_record")
-    tfds.disable_progress_bar()
-    builder.download_and_prepare()
-    return builder
+    # TFDS warns of every configuration that its class does not list.
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        builder = Needle(data_dir=os.fspath(data_dir), config=config, file_format="array_record")
+        tfds.disable_progress_bar()
+        builder.download_and_prepare()
+    finally:
+        logger.setLevel(level)
+    return pathlib.Path(builder.data_path)
 
 
-_cache: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-
-
+@functools.cache
 def _digits(split: str) -> tuple[np.ndarray, np.ndarray]:
-    if split not in _cache:
-        _cache[split] = load_digits(split)
-    return _cache[split]
+    return load_digits(split)
 
 
 def _examples(split: str, num_frames: int, size: int) -> Iterator[tuple[str, dict]]:
+    if size * num_frames <= _FEW_FRAMES:
+        for number in range(size):
+            record = make_record(split, num_frames, number)
+            yield record["id"], record
+        return
     context = multiprocessing.get_context("spawn")  # a fork may inherit locked locks
     arguments = itertools.repeat(split), itertools.repeat(num_frames), range(size)
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:

@@ -1,7 +1,8 @@
 """Pictures and videos of the needle task: handwritten digits on coloured grounds.
 
 Each frame shows one digit on a coloured ground. Exactly one frame, the needle, has the colour that
-the question asks about; every other colour that occurs, occurs more than once. The digits are the
+the question asks about; every other colour that occurs, occurs more than once (only in the training
+clips, which are too short for that, may it occur once). The digits are the
 1,797 handwritten ones that ship with scikit-learn; train and test never share a digit image.
 """
 
@@ -76,32 +77,38 @@ def draw_frame(
 
 
 def draw_video(
-    digits: np.ndarray, labels: np.ndarray, num_frames: int, rng: np.random.Generator
+    digits: np.ndarray,
+    labels: np.ndarray,
+    num_frames: int,
+    rng: np.random.Generator,
+    repeat: bool = True,
 ) -> tuple[np.ndarray, str, int, int]:
     """A video with one needle.
 
     Args:
       digits: float32[n, 8, 8], a split's digits.
       labels: int[n].
-      num_frames: T; 1, or at least 3 (two frames could not repeat a colour).
+      num_frames: T, not 2 if ``repeat``.
       rng: everything random is drawn from it.
+      repeat: whether every colour but the needle's occurs at least twice; if not (short training
+        clips), the other frames all differ in colour as far as there are colours.
 
     Returns:
       Frames uint8[T, 64, 64, 3], the needle's colour, its digit and its frame number.
     """
     needle = int(rng.integers(num_frames))
-    names = list(rng.permutation(list(COLOURS)))
+    asked, *names = rng.permutation(list(COLOURS)).tolist()
     others = num_frames - 1
-    kinds = int(rng.integers(1, min(len(names) - 1, others // 2) + 1)) if others else 0
-    colours = names[1 : kinds + 1] * 2  # each of them at least twice
-    colours += list(rng.choice(names[1 : kinds + 1], others - len(colours))) if others else []
-    colours = list(rng.permutation(colours))
-    colours.insert(needle, names[0])
+    if repeat and others:
+        names = names[: rng.integers(1, min(len(names), others // 2) + 1)] * 2
+    colours = (names + rng.choice(names, num_frames).tolist())[:others]
+    colours = rng.permutation(colours).tolist()
+    colours.insert(needle, asked)
     chosen = rng.integers(len(labels), size=num_frames)
     frames = [
         draw_frame(digits[i], COLOURS[name], rng) for i, name in zip(chosen, colours, strict=True)
     ]
-    return np.stack(frames), str(names[0]), int(labels[chosen[needle]]), needle
+    return np.stack(frames), asked, int(labels[chosen[needle]]), needle
 
 
 def encode(frames: np.ndarray) -> bytes:

@@ -1,0 +1,144 @@
+"""The needle task: what its videos promise, and that they survive the way through a file."""
+
+import io
+
+import av
+import numpy as np
+import pytest
+
+from data.errors import DataError
+from data.needle.builder import build, make_record
+from data.needle.render import COLOURS, QUESTION, draw_video, encode, load_digits
+from data.sources import RecordSource
+from data.video import Sampling, probe, read_clip
+
+
+def colours_of(frames: np.ndarray) -> list[str]:
+    """The ground of every frame, by its border."""
+    names, values = list(COLOURS), np.array(list(COLOURS.values()), float)
+    corners = frames[:, :3].reshape(len(frames), -1, 3).mean(1)
+    # A ground's brightness varies by up to 12 steps.
+    distance = np.linalg.norm(
+        (corners[:, None] - corners[:, None].mean(-1, keepdims=True))
+        - (values - values.mean(-1, keepdims=True)),
+        axis=-1,
+    ) + 0.2 * np.abs(corners.mean(-1)[:, None] - values.mean(-1))
+    return [names[i] for i in distance.argmin(1)]
+
+
+def test_train_and_test_share_no_digit():
+    (train, train_labels), (test, test_labels) = load_digits("train"), load_digits("test")
+    assert len(train) + len(test) == 1797 and len(test) == 359
+    assert not {image.tobytes() for image in train} & {image.tobytes() for image in test}
+    assert set(train_labels) == set(test_labels) == set(range(10))
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 16, 60])
+def test_one_frame_alone_has_the_colour_asked_for_and_others_repeat(length):
+    digits, labels = load_digits("test")
+    for seed in range(8):
+        frames, colour, digit, needle = draw_video(
+            digits, labels, length, np.random.default_rng(seed)
+        )
+        assert frames.shape == (length, 64, 64, 3) and frames.dtype == np.uint8
+        shown = colours_of(frames)
+        assert [i for i, name in enumerate(shown) if name == colour] == [needle]
+        for name in set(shown) - {colour}:
+            assert shown.count(name) > 1
+        assert 0 <= digit <= 9
+
+
+def test_a_video_of_thousands_of_frames():
+    digits, labels = load_digits("train")
+    frames, colour, _, needle = draw_video(digits, labels, 3000, np.random.default_rng(0))
+    assert len(frames) == 3000
+    assert [i for i, name in enumerate(colours_of(frames)) if name == colour] == [needle]
+
+
+def test_the_needle_shows_the_digit_that_is_the_answer():
+    """A nearest neighbour among all digits, drawn alike, reads the answer off the needle."""
+    digits, labels = load_digits("test")
+    right = 0
+    for number in range(40):
+        rng = np.random.default_rng([5, number])
+        frames, _, digit, needle = draw_video(digits, labels, 4, rng)
+        # The ink darkens: a digit's share of its ground, seen at 8 x 8.
+        ink = 255 - frames[needle].max(-1)[6:58, 6:58].astype(float)
+        small = ink[: 52 // 8 * 8, : 52 // 8 * 8].reshape(8, 6, 8, 6).mean((1, 3))
+        small -= small.min()
+        similarity = (digits.reshape(-1, 64) @ small.ravel()) / np.linalg.norm(
+            digits.reshape(-1, 64), axis=1
+        )
+        right += labels[similarity.argmax()] == digit
+    assert right >= 20  # 4 by chance
+
+
+def test_a_record_depends_on_its_number_alone():
+    one, other = make_record("train", 4, 7), make_record("train", 4, 7)
+    assert one == other
+    assert one != make_record("train", 4, 8) and one["video"] != make_record("test", 4, 7)["video"]
+    assert one["question"] in {QUESTION.format(colour) for colour in COLOURS}
+    assert one["end"] == one["start"] + 1
+
+
+def test_frames_survive_the_file():
+    digits, labels = load_digits("train")
+    frames, colour, _, needle = draw_video(digits, labels, 12, np.random.default_rng(1))
+    data = encode(frames)
+    info = probe(data)
+    assert (info.codec, info.width, info.height) == ("h264", 64, 64)
+    assert info.duration == pytest.approx(12) and info.fps == pytest.approx(1)
+    with av.open(io.BytesIO(data)) as container:
+        assert container.format.name.startswith("mov,mp4")
+    read = read_clip(data, Sampling("uniform", num_frames=12), size=64)
+    assert np.abs(read.astype(float) - frames).mean() < 4  # of 255: H.264 at crf 18
+    assert colours_of(read) == colours_of(frames)
+    part = read_clip(data, Sampling("uniform", num_frames=1), size=64, start=needle, end=needle + 1)
+    assert colours_of(part) == [colour]
+
+
+def test_a_build_is_the_same_each_time_and_is_done_once(tmp_path):
+    sizes = {"train": 5, "test": 3}
+    first, second = build(tmp_path / "a", 3, sizes), build(tmp_path / "b", 3, sizes)
+    for split, size in sizes.items():
+        one, other = list(RecordSource(first, split)), list(RecordSource(second, split))
+        assert one == other and len(one) == size
+        expected = {make_record(split, 3, n)["id"]: make_record(split, 3, n) for n in range(size)}
+        for example in one:
+            record = expected[example.id]
+            assert (example.video, example.question) == (record["video"], record["question"])
+            assert example.answer == record["answer"] and example.start is None
+    files = {path: path.stat().st_mtime_ns for path in first.iterdir()}
+    assert build(tmp_path / "a", 3, sizes) == first
+    assert {path: path.stat().st_mtime_ns for path in first.iterdir()} == files
+
+
+def test_evidence_only_is_the_needle_s_second(tmp_path):
+    directory = build(tmp_path, 5, {"test": 4})
+    for example in RecordSource(directory, "test", evidence_only=True):
+        assert example.end == example.start + 1
+        clip = read_clip(
+            example.video,
+            Sampling("uniform", num_frames=1),
+            size=64,
+            start=example.start,
+            end=example.end,
+        )
+        assert QUESTION.format(*colours_of(clip)) == example.question
+
+
+@pytest.mark.parametrize(
+    ("length", "sizes"), [(0, {"test": 1}), (2, {"test": 1}), (3, {}), (3, {"test": 0})]
+)
+def test_impossible_data_sets_are_refused(tmp_path, length, sizes):
+    with pytest.raises(DataError, match=r"data\.needle"):
+        build(tmp_path, length, sizes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_many_videos_are_drawn_by_processes_and_are_the_same(tmp_path, monkeypatch):
+    sizes = {"test": 20}
+    alone = build(tmp_path / "alone", 3, sizes)
+    monkeypatch.setattr("data.needle.builder._FEW_FRAMES", 0)
+    together = build(tmp_path / "together", 3, sizes)
+    assert list(RecordSource(alone, "test")) == list(RecordSource(together, "test"))

@@ -1,0 +1,108 @@
+"""One training step on several meshes, in a process that has eight virtual devices.
+
+Prints one JSON object: for each mesh what the loss is, how far the gradients are from those of one
+device, and how the language model's weights are split.
+"""
+
+import dataclasses
+import json
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from adacm2_jax.models.adacm2 import Question, init_params
+from adacm2_jax.optim import make_optimizer, split_params
+from adacm2_jax.sharding import make_mesh, param_shardings, replicated, shard_batch
+from adacm2_jax.train_step import Batch, TrainState, make_train_step
+from tests.small import small_model
+
+ROWS, FRAMES = 8, 3
+
+
+def make_batch(config) -> Batch:
+    rng = np.random.default_rng(0)
+    size, length = config.vision.image_size, config.max_text_len + config.max_answer_len
+    place = np.arange(length)
+    valid = np.arange(FRAMES) < rng.integers(1, FRAMES + 1, ROWS)[:, None]
+    question = Question(
+        rng.integers(5, 150, (ROWS, config.max_text_len), dtype=np.int32),
+        np.arange(config.max_text_len) < rng.integers(2, 20, ROWS)[:, None],
+        rng.integers(5, 300, (ROWS, length), dtype=np.int32),
+        np.broadcast_to(place < 12, (ROWS, length)).copy(),
+    )
+    targets = np.broadcast_to((place >= 9) & (place < 12), (ROWS, length)).copy()
+    return Batch(
+        rng.integers(0, 255, (ROWS, FRAMES, size, size, 3), dtype=np.uint8),
+        valid,
+        np.arange(ROWS, dtype=np.uint32),
+        question,
+        targets,
+    )
+
+
+def step_on(mesh, config) -> tuple[dict, dict, dict]:
+    """Metrics, the first moments (a tenth of the gradients), and the learned parameters."""
+    boxed = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    # Values are made on one device: random numbers need not be equal on every mesh.
+    values = nn.unbox(jax.jit(lambda key: init_params(config, key))(jax.random.key(0)))
+    params = jax.device_put(jax.device_get(values), param_shardings(boxed, mesh))
+    learned, frozen = split_params(params, ((".*", 1.0),))
+    rule, _ = make_optimizer(
+        learned,
+        groups=((".*", 1.0),),
+        learning_rate=1e-3,
+        steps=9,
+        warmup_steps=0,
+        weight_decay=0.0,
+        b1=0.9,
+        b2=0.999,
+        clip_norm=1e9,
+    )
+    state = TrainState(
+        step=jax.device_put(np.int32(0), replicated(mesh)),
+        learned=learned,
+        frozen=frozen,
+        opt_state=jax.jit(rule.init)(learned),
+    )
+    batch = shard_batch(make_batch(config), mesh)
+    assert len(batch.frames.addressable_shards) == mesh.size
+    with jax.set_mesh(mesh):
+        state, metrics = make_train_step(config, rule, seed=0)(state, batch)
+    moments = jax.tree.map(np.asarray, state.opt_state[1][0].mu)
+    return jax.device_get(metrics), moments, state.learned
+
+
+def main() -> None:
+    small = small_model()
+    config = dataclasses.replace(
+        small,
+        qformer=dataclasses.replace(small.qformer, dropout=0.0),
+        llm=dataclasses.replace(small.llm, num_kv_heads=2),
+    )
+    one = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
+    metrics, moments, _ = step_on(one, config)
+    report = {"loss": float(metrics["loss"])}
+    for shape in ((8, 1), (4, 2)):
+        other, found, learned = step_on(make_mesh(shape), config)
+        # Key biases cancel in the softmax: their gradients are zero but for rounding.
+        least = max(np.abs(leaf).max() for leaf in moments.values()) / 50
+        apart = {
+            name: float(np.abs(found[name] - leaf).max() / max(np.abs(leaf).max(), least))
+            for name, leaf in moments.items()
+        }
+        report["x".join(map(str, shape))] = {
+            "loss": float(other["loss"]),
+            "apart": max(apart.values()),
+            "worst": max(apart, key=lambda name: apart[name]),
+            "share": {
+                name: int(leaf.size // leaf.addressable_shards[0].data.size)
+                for name, leaf in learned.items()
+                if leaf.ndim >= 3 or name.startswith("vision")
+            },
+        }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

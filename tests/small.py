@@ -1,0 +1,132 @@
+"""The smallest experiment that has everything: a model that compiles in seconds, a hundred videos.
+
+Test modules run it in their own process with ``run_script``; commands take it as
+``--config=tests/small.py``.
+"""
+
+import contextlib
+import os
+import pathlib
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import jax
+import ml_collections
+import pytest
+from absl import flags
+
+from adacm2_jax.config import AdaCM2Config, LlamaConfig, MemoryConfig, QFormerConfig, VisionConfig
+from configs.base import base_config
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+QUESTION = "which digit was on the red ground?"
+STEPS = 9
+
+
+def small_model(**overrides) -> AdaCM2Config:
+    """Five tokens a frame, one layer of each kind."""
+    sizes = dict(
+        vision=VisionConfig(image_size=28, width=16, depth=1, num_heads=2, mlp_width=32),
+        qformer=QFormerConfig(
+            vocab_size=160,
+            width=16,
+            depth=2,
+            num_heads=2,
+            mlp_width=32,
+            num_queries=2,
+            max_positions=32,
+            dropout=0.1,
+        ),
+        llm=LlamaConfig(
+            vocab_size=320,
+            width=16,
+            depth=1,
+            num_heads=2,
+            num_kv_heads=1,
+            mlp_width=32,
+            max_positions=64,
+        ),
+        memory=MemoryConfig(recent_ratio="0.3", conserve_ratio="0.5"),
+        max_text_len=24,
+        max_answer_len=4,
+        remat=False,
+    )
+    return AdaCM2Config(**(sizes | overrides))
+
+
+def get_config(_: str = "") -> ml_collections.ConfigDict:
+    """Trains for nine steps on 48 videos of four frames."""
+    config = base_config(small_model())
+    config.data.source = "needle"
+    config.data.needle.train_size, config.data.needle.test_size = 48, 12
+    config.data.sampling.num_frames = config.train.num_frames = 4
+    config.data.jitter = True
+    config.train.steps, config.train.batch_size, config.train.log_every = STEPS, 8, 1
+    config.optim.learning_rate, config.optim.warmup_steps = 3e-3, 2
+    config.optim.groups = (("vision/.*", None), (".*", 1.0))
+    config.checkpoint.every = 3
+    config.eval.batch_size, config.eval.chunk = 5, 3
+    config.generation.max_new_tokens = 3
+    return config
+
+
+@contextlib.contextmanager
+def quick_compilation() -> Iterator[None]:
+    """Compiles five times faster, for code that runs a few steps."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
+def run_script(script: str, *arguments: object) -> int:
+    """Runs ``train.py`` or ``eval.py`` as a command in this process; returns its exit status."""
+    argv = sys.argv
+    sys.argv = [script, *map(str, arguments)]
+    try:
+        with quick_compilation():
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as done:
+        return done.code
+    finally:
+        sys.argv = argv
+        for name in list(flags.FLAGS):
+            if name.split(".")[0] in ("config", "workdir", "video", "question", "output", "debug"):
+                delattr(flags.FLAGS, name)
+        flags.FLAGS.unparse_flags()
+    raise AssertionError(f"{script} did not exit")
+
+
+def process_environment() -> dict[str, str]:
+    """For commands in processes of their own: they compute exactly what ``run_script`` does."""
+    return os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or "",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+
+
+def run_process(*arguments: object) -> subprocess.CompletedProcess:
+    """Runs ``python …`` in the repository to its end."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=process_environment(),
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
+
+
+def error_line(captured: pytest.CaptureFixture | str) -> str:
+    """The one line that a failed command must end with; fails on a traceback."""
+    text = captured if isinstance(captured, str) else captured.readouterr().err
+    assert "Traceback" not in text, text
+    lines = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, text
+    return lines[0]

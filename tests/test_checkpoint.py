@@ -1,0 +1,181 @@
+"""What a run leaves on disk, complete or not at all."""
+
+import json
+import os
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adacm2_jax.checkpoint import (
+    Checkpoints,
+    check_same,
+    read_config,
+    restore_params,
+    saved_steps,
+    write_config,
+    write_json,
+)
+from adacm2_jax.errors import UserError
+from adacm2_jax.train_step import TrainState
+
+SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def make_state(step: int) -> TrainState:
+    learned = {"qformer/a": jnp.arange(6.0).reshape(2, 3) + step, "llm/b": jnp.full(4, step / 3)}
+    return TrainState(
+        step=jnp.int32(step),
+        learned=learned,
+        frozen={"vision/c": jnp.arange(5, dtype=jnp.bfloat16)},
+        opt_state=({"mu": jax.tree.map(lambda leaf: leaf * 2, learned)}, jnp.int32(step)),
+    )
+
+
+def make_batches():
+    return iter(grain.MapDataset.source(range(100)).seed(0).shuffle().repeat().to_iter_dataset())
+
+
+def abstract(dtype=None) -> dict:
+    def like(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=SHARDING)
+
+    state = make_state(0)
+    leaves = {name: like(leaf) for name, leaf in (state.learned | state.frozen).items()}
+    return {
+        part: {name.split("/")[1]: leaf for name, leaf in leaves.items() if name.startswith(part)}
+        for part in ("qformer", "llm", "vision")
+    }
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Steps 1, 2 and 3 saved, the newest two kept."""
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save_frozen(make_state(0).frozen)
+    batches = make_batches()
+    for step in (1, 2, 3):
+        next(batches)
+        checkpoints.save(make_state(step), grain.checkpoint.CheckpointSave(batches))
+    checkpoints.close()
+    return tmp_path
+
+
+def assert_same(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_a_restored_state_is_the_saved_one_and_the_data_go_on(run):
+    batches, reference = make_batches(), make_batches()
+    expected = [next(reference) for _ in range(5)]
+    checkpoints = Checkpoints(run)
+    assert checkpoints.latest_step == 3 and saved_steps(run) == [2, 3]
+    restored = checkpoints.restore(make_state(0), grain.checkpoint.CheckpointRestore(batches))
+    checkpoints.close()
+    assert_same(restored, make_state(3))
+    assert [next(batches) for _ in range(2)] == expected[3:]
+
+
+def test_a_step_is_saved_once(run):
+    checkpoints = Checkpoints(run)
+    before = {p: p.stat().st_mtime_ns for p in (run / "checkpoints" / "3").rglob("*")}
+    checkpoints.save(make_state(3), grain.checkpoint.CheckpointSave(make_batches()))
+    checkpoints.close()
+    assert {p: p.stat().st_mtime_ns for p in (run / "checkpoints" / "3").rglob("*")} == before
+
+
+def test_parameters_come_back_without_optimiser_and_data(run):
+    params = restore_params(run, abstract())
+    state = make_state(3)
+    assert_same(params["qformer"]["a"], state.learned["qformer/a"])
+    assert_same(params["vision"]["c"], state.frozen["vision/c"])
+    assert params["vision"]["c"].dtype == jnp.bfloat16
+    older = restore_params(run, abstract(), step=2)
+    assert_same(older["llm"]["b"], make_state(2).learned["llm/b"])
+    assert restore_params(run, abstract("float32"))["vision"]["c"].dtype == jnp.float32
+
+
+def test_frozen_parameters_of_an_earlier_start_are_replaced(tmp_path):
+    for value in (1, 2):
+        checkpoints = Checkpoints(tmp_path)
+        checkpoints.save_frozen({"vision/c": jnp.full(5, value, jnp.bfloat16)})
+        checkpoints.close()
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(make_state(1), grain.checkpoint.CheckpointSave(make_batches()))
+    checkpoints.close()
+    assert (restore_params(tmp_path, abstract())["vision"]["c"] == 2).all()
+
+
+def test_what_was_never_completed_is_no_step(run):
+    (run / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir()
+    assert saved_steps(run) == [2, 3]
+    checkpoints = Checkpoints(run)
+    assert checkpoints.latest_step == 3
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("part", ["learned", "optimizer", "data"])
+def test_damage_is_named_with_a_remedy(run, part):
+    for path in (run / "checkpoints" / "3" / part).rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    checkpoints = Checkpoints(run)
+    data = grain.checkpoint.CheckpointRestore(make_batches())
+    with pytest.raises(UserError, match=r"checkpoints/3.* is damaged.*delete .*/3 to go on"):
+        checkpoints.restore(make_state(0), data)
+    checkpoints.close()
+
+
+def test_other_parameters_are_listed_both_ways(run):
+    other = abstract()
+    other["llm"]["b"] = jax.ShapeDtypeStruct((9,), jnp.float32, sharding=SHARDING)
+    with pytest.raises(UserError, match="another model") as caught:
+        restore_params(run, other)
+    assert " - llm/b (4,)\n + llm/b (9,)" in str(caught.value)
+    del other["llm"]
+    with pytest.raises(UserError, match=r" - llm/b \(4,\)"):
+        restore_params(run, other)
+    more = abstract()
+    more["new"] = {"d": jax.ShapeDtypeStruct((1,), jnp.float32, sharding=SHARDING)}
+    with pytest.raises(UserError, match="lacks 1 parameters of the model, the first is new/d"):
+        restore_params(run, more)
+
+
+def test_no_checkpoint_and_no_such_step_are_named(run, tmp_path):
+    with pytest.raises(UserError, match=r"no checkpoint of step 9; there are"):
+        restore_params(run, abstract(), step=9)
+    with pytest.raises(UserError, match="no checkpoint here; train first"):
+        restore_params(tmp_path / "none", abstract())
+
+
+def test_a_configuration_is_written_whole(tmp_path):
+    write_config(tmp_path, {"a": {"b": [1, None]}})
+    write_config(tmp_path, {"a": {"b": [2, None]}})
+    assert read_config(tmp_path) == {"a": {"b": [2, None]}}
+    assert os.listdir(tmp_path) == ["config.json"]
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "config.json", {"a": object()})
+    assert json.loads((tmp_path / "config.json").read_text()) == {"a": {"b": [2, None]}}
+    (tmp_path / "config.json").write_text('{"a": ')
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        read_config(tmp_path)
+    with pytest.raises(UserError, match=r"no config\.json here"):
+        read_config(tmp_path / "none")
+
+
+def test_differences_are_told_field_by_field():
+    old = {"seed": 0, "train": {"steps": 5, "gone": 1}, "eval": {"every": 0}}
+    new = {"seed": 0, "train": {"steps": 6, "new": None}, "eval": {"every": 7}}
+    check_same(old, old, "run", ())
+    with pytest.raises(UserError) as caught:
+        check_same(old, new, "run", ("eval.",))
+    lines = str(caught.value).split("\n")
+    assert lines[1:] == [
+        " - train.gone = 1",
+        " + train.new = None",
+        " - train.steps = 5",
+        " + train.steps = 6",
+    ]
+    check_same(old, new, "run", ("eval.", "train."))
