@@ -1,7 +1,7 @@
 """The paper's central claim on a laptop, in minutes: ``make quickstart``.
 
 Builds the needle task (videos in which one frame answers the question), trains the tiny model on
-videos of four frames with every token kept, and then answers questions about videos of 16, 64 and
+clips of up to 16 frames with every token kept, and then answers questions about videos of 16, 64 and
 256 frames under each memory policy. A tiny memory chosen by cross-attention answers as well as
 keeping everything; a memory of the same size filled otherwise does not.
 
@@ -33,11 +33,11 @@ LENGTHS = {16: 1000, 64: 800, 256: 300}
 def main() -> None:
     workdir = pathlib.Path(flags.FLAGS.workdir)
     start = time.perf_counter()
-    for stage in ("first", "main"):
+    for stage, (before, frames, *_) in needle.STAGES.items():
         config = needle.get_config(stage)
         config.data.data_dir, config.data.cache_dir = str(workdir / "data"), str(workdir / "cache")
-        config.init_from = str(workdir / "first") if stage == "main" else ""
-        print(f"training, stage {stage!r}: {config.train.steps} steps", flush=True)
+        config.init_from = str(workdir / before) if before else ""
+        print(f"training on {frames} frames: {config.train.steps} steps", flush=True)
         train.train_and_evaluate(config.lock(), str(workdir / stage))
 
     config = config.unlock()
