@@ -1,8 +1,8 @@
 """The paper's central claim on a laptop, in minutes: ``make quickstart``.
 
 Builds the needle task (videos in which one frame answers the question), trains the tiny model on
-clips of up to 16 frames with every token kept, and then answers questions about videos of 16, 64 and
-256 frames under each memory policy. A tiny memory chosen by cross-attention answers as well as
+clips of up to 16 frames with every token kept, and then answers questions about videos of 16, 64
+and 256 frames under each memory policy. A tiny memory chosen by cross-attention answers as well as
 keeping everything; a memory of the same size filled otherwise does not.
 
 Writes ``results.json``, ``results.png`` and the trained model to the work directory.

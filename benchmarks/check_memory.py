@@ -108,7 +108,7 @@ def run(*words) -> float:
 
 
 def compiled_step(frames: int) -> dict:
-    """What the compiler reports for the streaming step of a video of ``frames`` frames, in bytes."""
+    """The compiler's figures for the streaming step of a video of ``frames`` frames, in bytes."""
     config = tiny()
     model = AdaCM2(config)
     params = nn.unbox(jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0)))

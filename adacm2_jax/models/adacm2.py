@@ -236,7 +236,7 @@ class AdaCM2(nn.Module):
         return self.llm.logits(hidden[:, -1]), cache
 
     def decode(self, ids: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        """One more token: int32[B] → the next one's logits float32[B, vocabulary], and the cache."""
+        """One more token: int32[B] → float32[B, vocabulary] logits of the next, and the cache."""
         positions = cache.mask.sum(axis=1, dtype=jnp.int32)[:, None]
         embeddings = self.llm.embed(ids[:, None], cache.key.dtype)
         mask = jnp.ones((ids.shape[0], 1), bool)
@@ -244,7 +244,7 @@ class AdaCM2(nn.Module):
         return self.llm.logits(hidden[:, 0]), cache
 
     def __call__(self, frames: jax.Array, question: Question) -> jax.Array:
-        """Touches every parameter, for ``init``: a clip to the first answer token's logits."""
+        """Touches every parameter, for ``init``: a clip to the first token's logits."""
         valid = jnp.ones(frames.shape[:2], bool)
         state = init_state(self.config, jnp.full((frames.shape[0],), frames.shape[1], jnp.int32))
         state = self.stream(self.encode_frames(frames), valid, question, state)

@@ -91,8 +91,7 @@ class LayerNorm(nn.Module):
 def gelu(x: jax.Array) -> jax.Array:
     """The exact GELU, x·Φ(x), in float32 inside.
 
-    ``jax.nn.gelu(approximate=False)`` is the same function by erfc, which takes 2.6 times as long on
-    a CPU.
+    ``jax.nn.gelu(approximate=False)`` is the same function by erfc, which takes longer on a CPU.
     """
     wide = x.astype(jnp.float32)
     return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)

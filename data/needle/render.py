@@ -15,15 +15,13 @@ from PIL import Image
 #: Ground colours, RGB; the ink is black on all of them.
 COLOURS = {
     "red": (235, 60, 60),
-    "orange": (250, 150, 40),
-    "yellow": (245, 225, 70),
-    "green": (70, 190, 90),
-    "cyan": (80, 210, 220),
-    "blue": (80, 120, 240),
-    "purple": (170, 90, 220),
-    "pink": (250, 150, 200),
-    "brown": (165, 110, 60),
-    "gray": (160, 160, 160),
+    "orange": (255, 145, 20),
+    "yellow": (245, 230, 60),
+    "green": (60, 190, 80),
+    "cyan": (80, 215, 225),
+    "blue": (75, 110, 245),
+    "purple": (180, 80, 230),
+    "white": (240, 240, 240),
 }
 FRAME_SIZE = 64
 QUESTION = "which digit was on the {} ground?"
