@@ -128,47 +128,48 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
 
             train_step = make_train_step(model_config, optimizer, config.seed)
             bar = tqdm(total=last, initial=first - 1, desc="train", disable=None, unit="step")
-            for step in range(first, last + 1):
-                # Before the step after it, so that a resumed run makes up for a missed one.
-                if config.eval.every and step > 1 and (step - 1) % config.eval.every == 0:
-                    checkpoints.save(state, grain.checkpoint.CheckpointSave(batches))
-                    checkpoints.wait()  # evaluation may be killed, and long
-                    evaluate(step - 1)
-                with jax.set_mesh(mesh), noted_signals() as stop:
+            stop: list[int] = []  # SIGTERM: a preemption, or a scheduler's time limit
+            with on_sigterm(lambda number, _: stop.append(number)):
+                for step in range(first, last + 1):
+                    # Before the step after it, so that a resumed run makes up for a missed one.
+                    if config.eval.every and step > 1 and (step - 1) % config.eval.every == 0:
+                        checkpoints.save(state, grain.checkpoint.CheckpointSave(batches))
+                        checkpoints.wait()
+                        with on_sigterm(signal.SIG_DFL):  # nothing would be lost
+                            evaluate(step - 1)
                     batch = make_batch(next(batches), config, processor)
-                    state, metrics = train_step(state, shard_batch(batch, mesh))
-                    scalars = {
+                    with jax.set_mesh(mesh):
+                        state, metrics = train_step(state, shard_batch(batch, mesh))
+                    metrics = {
                         name: float(value) for name, value in jax.device_get(metrics).items()
                     }
-                    if reason := explain_nonfinite(state, scalars):
+                    if reason := explain_nonfinite(state, metrics):
                         raise UserError(
                             f"step {step}: {reason}. Lower optim.learning_rate or optim.clip_norm, "
-                            f"or look at init_from; the newest checkpoint is "
+                            "or look at init_from; the newest checkpoint is "
                             f"{checkpoints.latest_step}"
                         )
                     bar.update()
                     if step % config.train.log_every == 0 or step == last:
-                        writer.write(step, scalars | {"learning_rate": float(schedule(step - 1))})
-                        bar.set_postfix(loss=scalars["loss"], accuracy=scalars["token_accuracy"])
+                        writer.write(step, metrics | {"learning_rate": float(schedule(step - 1))})
+                        bar.set_postfix(loss=metrics["loss"], accuracy=metrics["token_accuracy"])
                     if step % config.checkpoint.every == 0 or step == last or stop:
                         checkpoints.save(state, grain.checkpoint.CheckpointSave(batches))
                     if stop:
                         checkpoints.wait()
-                if stop:
-                    print(f"stopped after step {step}; the same command goes on", flush=True)
-                    sys.exit(128 + stop[0])
+                        print(f"stopped after step {step}; the same command goes on", flush=True)
+                        sys.exit(128 + stop[0])
+                checkpoints.wait()
             bar.close()
-            checkpoints.wait()
             return evaluate(last)
 
 
 @contextlib.contextmanager
-def noted_signals() -> Iterator[list[int]]:
-    """Notes SIGTERM (a preemption, a scheduler's time limit), so that the step can be finished."""
-    noted: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: noted.append(number))
+def on_sigterm(action) -> Iterator[None]:
+    """Does this on SIGTERM, within a block."""
+    before = signal.signal(signal.SIGTERM, action)
     try:
-        yield noted
+        yield
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from adacm2_jax.config import AdaCM2Config, MemoryConfig
 from adacm2_jax.errors import UserError
 from adacm2_jax.generate import GenerationConfig, generate
-from adacm2_jax.models.adacm2 import AdaCM2, Question, StreamState, init_state
+from adacm2_jax.models.adacm2 import AdaCM2, Question, StreamState, call, init_state
 from adacm2_jax.processor import Processor
 
 
@@ -165,12 +165,12 @@ class Answerer:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(model: AdaCM2, params: dict, frames: jax.Array) -> jax.Array:
-    return model.apply({"params": params}, frames, method="encode_frames")
+    return call(model, params, "encode_frames", frames)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
 def _stream(model, params, features, valid, question, state) -> StreamState:
-    return model.apply({"params": params}, features, valid, question, state, method="stream")
+    return call(model, params, "stream", features, valid, question, state)
 
 
 _generate = jax.jit(generate, static_argnums=(0, 4))

@@ -11,7 +11,7 @@ from adacm2_jax.errors import UserError
 def run(
     main: Callable[[], int | None],
     argv: Sequence[str],
-    user_errors: tuple[type, ...],
+    user_errors: tuple[type[Exception], ...],
     complete: Callable[[Sequence[str]], list[str]] = list,
 ) -> None:
     """Parses absl flags, as ``complete`` fills them up, runs ``main`` and exits.
@@ -26,6 +26,7 @@ def run(
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
     debug = "--debug" in argv
+    expected: tuple[type[Exception], ...] = (UserError, flags.Error, *user_errors)
     try:
         argv = complete(argv)
         _check_config_file(argv)
@@ -34,7 +35,7 @@ def run(
         if rest:
             raise UserError(f"unexpected argument {rest[0]!r}; flags start with --, try --help")
         status = main()
-    except (UserError, flags.Error, *user_errors) as error:
+    except expected as error:
         _report(error, debug)
     except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
         if not _from_configuration(error):

@@ -22,7 +22,7 @@ import numpy as np
 from flax import struct
 
 from adacm2_jax.errors import UserError
-from adacm2_jax.models.adacm2 import AdaCM2, Question, StreamState
+from adacm2_jax.models.adacm2 import AdaCM2, Question, StreamState, call
 from adacm2_jax.models.llama import KVCache
 
 #: (int32[R] newest token of each row, cache) → (float32[R, vocabulary] logits of the next, cache).
@@ -184,13 +184,10 @@ def generate(
             f"llm.max_positions = {limit}; lower max_new_tokens or shorten the prompt"
         )
 
-    def apply(method: str, *args) -> Any:
-        return model.apply({"params": params}, *args, method=method)
-
     # The newest token is never fed, so the cache needs one place less than the answer has.
     length = prompt + config.max_new_tokens - 1
-    logits, cache = apply("prefill", state, question, length)
-    return search(logits, cache, partial(apply, "decode"), config, rng)
+    logits, cache = call(model, params, "prefill", state, question, length)
+    return search(logits, cache, partial(call, model, params, "decode"), config, rng)
 
 
 def search(

@@ -11,6 +11,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -107,10 +108,10 @@ class Processor:
 
     def decode(self, ids: np.ndarray) -> str:
         """Generated ids, int[S], up to the first end token, as text."""
-        ids = [int(i) for i in ids]
-        if self.eos_id in ids:
-            ids = ids[: ids.index(self.eos_id)]
-        return self._llm.decode(ids, skip_special_tokens=True).strip()
+        tokens = ids.tolist()
+        if self.eos_id in tokens:
+            tokens = tokens[: tokens.index(self.eos_id)]
+        return self._llm.decode(tokens, skip_special_tokens=True).strip()
 
     def _encode_question(self, question: str) -> tuple[list[int], list[int]]:
         qformer = self._qformer(question)["input_ids"]
@@ -217,7 +218,7 @@ def _word_pieces(words: collections.Counter, size: int) -> dict[str, int]:
 
 def _pad(
     rows: Sequence[list[int]], length: int, value: int, left: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Any, Any]:
     ids = np.full((len(rows), length), value, np.int32)
     mask = np.zeros((len(rows), length), bool)
     for i, row in enumerate(rows):

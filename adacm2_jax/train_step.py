@@ -10,7 +10,7 @@ import optax
 from flax import struct
 
 from adacm2_jax.config import AdaCM2Config
-from adacm2_jax.models.adacm2 import AdaCM2, Question, init_state
+from adacm2_jax.models.adacm2 import AdaCM2, Question, call, init_state
 from adacm2_jax.optim import gradient_norms, merge_params
 
 
@@ -55,20 +55,12 @@ def loss_fn(
     Differentiates through all frames. Where the ViT is frozen its features carry no gradient.
     """
     model = AdaCM2(config)
-    variables = {"params": merge_params(learned, frozen)}
-    features = model.apply(variables, batch.frames, method="encode_frames")
+    params = merge_params(learned, frozen)
+    features = call(model, params, "encode_frames", batch.frames)
     state = init_state(config, batch.valid.sum(1), batch.seed)
-    state = model.apply(
-        variables,
-        features,
-        batch.valid,
-        batch.question,
-        state,
-        deterministic=False,
-        method="stream",
-        rngs={"dropout": rng},
-    )
-    return model.apply(variables, state, batch.question, batch.targets, method="answer_loss")
+    chunk = (features, batch.valid, batch.question, state)
+    state = call(model, params, "stream", *chunk, deterministic=False, rngs={"dropout": rng})
+    return call(model, params, "answer_loss", state, batch.question, batch.targets)
 
 
 def make_train_step(

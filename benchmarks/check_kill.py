@@ -46,10 +46,12 @@ def start(command: list[str], environment: dict[str, str] | None = None) -> subp
 def signal_at_step(
     process: subprocess.Popen, workdir: pathlib.Path, step: int, number: int, timeout: float = 600
 ) -> int:
-    """Sends a signal once a run has logged ``step``; returns the process's exit status."""
+    """Sends a signal once this process has logged ``step``; returns its exit status."""
     rows, deadline = workdir / "metrics.jsonl", time.monotonic() + timeout
     logged = re.compile(rf'^{{"step": {step}, "(?!eval)', re.MULTILINE)
-    while not (rows.exists() and logged.search(rows.read_text())):
+    # A resumed run puts a new file in place of the one that the process before it left.
+    left = rows.stat().st_ino if rows.exists() else None
+    while not (rows.exists() and rows.stat().st_ino != left and logged.search(rows.read_text())):
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
             raise RuntimeError(f"no step {step}: {process.communicate()[0]}")

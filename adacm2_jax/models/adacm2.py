@@ -16,6 +16,7 @@ row beside its video: many questions about one video share ``encode_frames``.
 """
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -109,7 +110,7 @@ def temporal_position(index: jax.Array, total: jax.Array, rows: int) -> jax.Arra
 
 
 class AdaCM2(nn.Module):
-    """The model. Methods are called as ``model.apply({"params": params}, …, method="stream")``."""
+    """The model. Its methods are called through :func:`call`."""
 
     config: AdaCM2Config
 
@@ -268,6 +269,11 @@ class AdaCM2(nn.Module):
             max_older=int(plan.older.max()),
             ranking=plan.ranking,
         )
+
+
+def call(model: AdaCM2, params: dict, method: str, *args: Any, **options: Any) -> Any:
+    """``model.method(*args)`` with these parameters: a pure function."""
+    return model.apply({"params": params}, *args, method=method, **options)
 
 
 def init_params(config: AdaCM2Config, key: jax.Array):
