@@ -90,6 +90,6 @@ def gradient_norms(gradients: dict) -> dict[str, jax.Array]:
     """The norm of each top-level part (``qformer``, ``llm``, …): a NaN is traced by it."""
     parts = sorted({path.split("/")[0] for path in gradients})
     return {
-        part: optax.global_norm([g for path, g in gradients.items() if path.split("/")[0] == part])
+        part: optax.tree.norm([g for path, g in gradients.items() if path.split("/")[0] == part])
         for part in parts
     }

@@ -216,9 +216,7 @@ def _word_pieces(words: collections.Counter, size: int) -> dict[str, int]:
     return {piece: i for i, piece in enumerate(list(dict.fromkeys(pieces))[:size])}
 
 
-def _pad(
-    rows: Sequence[list[int]], length: int, value: int, left: bool = False
-) -> tuple[Any, Any]:
+def _pad(rows: Sequence[list[int]], length: int, value: int, left: bool = False) -> tuple[Any, Any]:
     ids = np.full((len(rows), length), value, np.int32)
     mask = np.zeros((len(rows), length), bool)
     for i, row in enumerate(rows):

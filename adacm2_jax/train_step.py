@@ -83,7 +83,7 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "token_accuracy": accuracy,
-            "grad_norm": optax.global_norm(gradients),
+            "grad_norm": optax.tree.norm(gradients),
         }
         for part, norm in gradient_norms(gradients).items():
             metrics[f"grad_norm/{part}"] = norm
