@@ -114,7 +114,8 @@ What next:
       --config.data.sampling.mode=fps
   try another memory on longer videos
     python eval.py --workdir {workdir}/main --config.model.memory.recent_ratio=0.2 \\
-      --config.data.needle.num_frames=64 --config.data.sampling.num_frames=64
+      --config.data.needle.num_frames=64 --config.data.needle.train_size=0 \\
+      --config.data.sampling.num_frames=64
   train on your own videos
     python train.py --config configs/videos.py:train.jsonl,test.jsonl --workdir runs/mine
 This model has seen nothing but digits on coloured grounds; docs/ says how to go on from there.
