@@ -34,7 +34,10 @@ $(error ACCELERATOR=$(ACCELERATOR) is unknown: use cuda, cuda12, cuda13 or tpu)
 endif
 
 PY := $(VENV)/bin/python
-PIP := -m pip install --quiet --disable-pip-version-check --no-input
+# Byte code is written on first import, for what is imported alone; the requirements files are complete,
+# so nothing is to be resolved. Both together install in half the time.
+PIP := -m pip install --quiet --disable-pip-version-check --no-input --no-compile
+PIP_LOCKED := $(PIP) --no-deps
 # One stamp a set of packages. A stamp older than its requirements file is stale; one of another Python
 # version does not count, and .venv is made anew.
 STAMP := $(VENV)/.installed-$(PY_VERSION)
@@ -112,12 +115,12 @@ $(STAMP)-base:
 
 $(STAMP)-run: requirements.txt $(STAMP)-base
 	@echo "Installing requirements.txt into $(VENV) (about 1 GB)"
-	@$(PY) $(PIP) --requirement requirements.txt
+	@$(PY) $(PIP_LOCKED) --requirement requirements.txt
 	@touch $@
 
 $(STAMP)-dev: requirements-dev.txt requirements.txt $(STAMP)-base
 	@echo "Installing requirements-dev.txt into $(VENV) (about 2 GB)"
-	@$(PY) $(PIP) --requirement requirements-dev.txt
+	@$(PY) $(PIP_LOCKED) --requirement requirements-dev.txt
 	@touch $(STAMP)-run $@
 
 $(addprefix $(STAMP)-,cuda cuda12 cuda13 tpu): $(STAMP)-%: requirements.txt | $(STAMP)-run

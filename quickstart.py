@@ -57,6 +57,7 @@ def evaluate(config, frames: int, questions: int, workdir: pathlib.Path) -> list
     """Every policy on held-out digits in videos of ``frames`` frames, as rows of results.json."""
     config.data.needle.num_frames = config.data.sampling.num_frames = frames
     config.data.needle.train_size, config.data.needle.test_size = 0, questions
+    config.eval.chunk = min(frames, 64)  # policy full reads its whole memory once a chunk
     params = evaluation.load_params(config, workdir / "main")
     processor = Processor.load(workdir / "main", from_dict(config.model.to_dict()))
     output = workdir / f"frames{frames}"

@@ -36,8 +36,13 @@ from adacm2_jax.metrics import MetricWriter
 from adacm2_jax.optim import make_optimizer, split_params
 from adacm2_jax.params import abstract_params, fresh_params
 from adacm2_jax.processor import LLM_DIR, Processor, train_tokenizers
-from adacm2_jax.sharding import make_mesh, replicated, rows_per_process, shard_batch
-from adacm2_jax.train_step import Batch, TrainState, explain_nonfinite, make_train_step
+from adacm2_jax.sharding import make_mesh, rows_per_process, shard_batch
+from adacm2_jax.train_step import (
+    Batch,
+    explain_nonfinite,
+    init_train_state,
+    make_train_step,
+)
 from data.cache import cached_clips
 from data.errors import DataError
 from data.pipeline import LoadClip, clips, training_batches
@@ -104,12 +109,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
         params = make_params(config, model_config, abstract, root)
         learned, frozen = split_params(params, config.optim.groups)
         optimizer, schedule = make_optimizer(learned, steps=config.train.steps, **config.optim)
-        state = TrainState(
-            step=jax.device_put(np.int32(0), replicated(mesh)),
-            learned=learned,
-            frozen=frozen,
-            opt_state=jax.jit(optimizer.init)(learned),
-        )
+        state = init_train_state(learned, frozen, optimizer, mesh)
         if checkpoints.latest_step is None:
             checkpoints.save_frozen(frozen)
         else:
@@ -126,7 +126,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
                         writer.write(step, {f"eval/{name}/accuracy": result["accuracy"]})
                 return results
 
-            train_step = make_train_step(model_config, optimizer, config.seed)
+            train_step = make_train_step(model_config, optimizer, config.seed, state)
             bar = tqdm(total=last, initial=first - 1, desc="train", disable=None, unit="step")
             stop: list[int] = []  # SIGTERM: a preemption, or a scheduler's time limit
             with on_sigterm(lambda number, _: stop.append(number)):

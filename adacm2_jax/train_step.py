@@ -6,12 +6,15 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
+from jax.sharding import Mesh
 
 from adacm2_jax.config import AdaCM2Config
 from adacm2_jax.models.adacm2 import AdaCM2, Question, call, init_state
 from adacm2_jax.optim import gradient_norms, merge_params
+from adacm2_jax.sharding import replicated
 
 
 class TrainState(struct.PyTreeNode):
@@ -30,6 +33,29 @@ class TrainState(struct.PyTreeNode):
     def params(self) -> dict:
         """The whole parameter tree."""
         return merge_params(self.learned, self.frozen)
+
+
+def init_train_state(
+    learned: dict, frozen: dict, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """The state before the first step, everything on the mesh.
+
+    The optimiser's moments lie where their parameters do.
+    """
+    places = {path: leaf.sharding for path, leaf in learned.items()}
+    moments = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, place: place,
+        jax.eval_shape(optimizer.init, learned),
+        places,
+        transform_non_params=lambda _: replicated(mesh),
+    )
+    return TrainState(
+        step=jax.device_put(np.int32(0), replicated(mesh)),
+        learned=learned,
+        frozen=frozen,
+        opt_state=jax.jit(optimizer.init, out_shardings=moments)(learned),
+    )
 
 
 class Batch(struct.PyTreeNode):
@@ -64,16 +90,21 @@ def loss_fn(
 
 
 def make_train_step(
-    config: AdaCM2Config, optimizer: optax.GradientTransformation, seed: int
+    config: AdaCM2Config,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    state: TrainState,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
-    """Compiles the step; its state is donated.
+    """Compiles the step; its state is donated, and the next one lies where ``state`` does.
 
     The metrics hold ``loss``, ``token_accuracy``, ``grad_norm`` and the norm of every part's
     gradient (``grad_norm/qformer`` …). Where the loss or a gradient is not finite the state stays
     as it was, so that :func:`explain_nonfinite` can tell where that came from.
     """
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(places, None))
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         (loss, accuracy), gradients = jax.value_and_grad(loss_fn, has_aux=True)(

@@ -19,7 +19,7 @@ from configs.base import base_config
 #: Stage → the one that it starts from, frames of a clip, clips, batch size, steps, learning rate.
 STAGES = {
     "first": ("", 1, 12000, 64, 700, 1e-3),
-    "second": ("first", 4, 12000, 32, 1200, 7e-4),
+    "second": ("first", 4, 12000, 32, 1500, 7e-4),
     "main": ("second", 16, 2000, 16, 300, 4e-4),
 }
 

@@ -4,6 +4,7 @@ Prints one JSON object: for each mesh what the loss is, how far the gradients ar
 device, and how the language model's weights are split.
 """
 
+import contextlib
 import dataclasses
 import json
 
@@ -13,8 +14,8 @@ import numpy as np
 
 from adacm2_jax.models.adacm2 import Question, init_params
 from adacm2_jax.optim import make_optimizer, split_params
-from adacm2_jax.sharding import make_mesh, param_shardings, replicated, shard_batch
-from adacm2_jax.train_step import Batch, TrainState, make_train_step
+from adacm2_jax.sharding import make_mesh, param_shardings, shard_batch
+from adacm2_jax.train_step import Batch, init_train_state, make_train_step
 from tests.small import small_model
 
 ROWS, FRAMES = 8, 3
@@ -41,6 +42,21 @@ def make_batch(config) -> Batch:
     )
 
 
+@contextlib.contextmanager
+def compilations():
+    """A list that grows with every program that XLA compiles, within a block."""
+    found: list[str] = []
+
+    def note(event: str, _: float, **__) -> None:
+        found.extend([event] if event.endswith("backend_compile_duration") else [])
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+
+
 def step_on(mesh, config) -> tuple[dict, dict, dict]:
     """Metrics, the first moments (a tenth of the gradients), and the learned parameters."""
     boxed = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
@@ -59,17 +75,16 @@ def step_on(mesh, config) -> tuple[dict, dict, dict]:
         b2=0.999,
         clip_norm=1e9,
     )
-    state = TrainState(
-        step=jax.device_put(np.int32(0), replicated(mesh)),
-        learned=learned,
-        frozen=frozen,
-        opt_state=jax.jit(rule.init)(learned),
-    )
+    state = init_train_state(learned, frozen, rule, mesh)
     batch = shard_batch(make_batch(config), mesh)
     assert len(batch.frames.addressable_shards) == mesh.size
+    train_step = make_train_step(config, rule, 0, state)
     with jax.set_mesh(mesh):
-        state, metrics = make_train_step(config, rule, seed=0)(state, batch)
-    moments = jax.tree.map(np.asarray, state.opt_state[1][0].mu)
+        state, metrics = train_step(state, batch)
+        moments = jax.tree.map(np.asarray, state.opt_state[1][0].mu)
+        with compilations() as compiled:
+            state, _ = jax.block_until_ready(train_step(state, batch))
+    assert not compiled, "the second step runs the program of the first"
     return jax.device_get(metrics), moments, state.learned
 
 
