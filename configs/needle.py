@@ -19,7 +19,7 @@ from configs.base import base_config
 #: Stage → the one that it starts from, frames of a clip, clips, batch size, steps, learning rate.
 STAGES = {
     "first": ("", 1, 12000, 64, 700, 1e-3),
-    "second": ("first", 4, 12000, 32, 1500, 7e-4),
+    "second": ("first", 4, 12000, 32, 1200, 7e-4),
     "main": ("second", 16, 2000, 16, 300, 4e-4),
 }
 
@@ -27,7 +27,7 @@ STAGES = {
 def get_config(stage: str = "main") -> ml_collections.ConfigDict:
     start, frames, clips, batch_size, steps, learning_rate = STAGES[stage]
     memory = MemoryConfig(
-        policy="full", max_frames=frames, recent_ratio="0.1", conserve_ratio="0.7"
+        policy="full", max_frames=frames, recent_ratio="0.05", conserve_ratio="0.4"
     )
     # Short texts: every text is padded to the limit, and the task needs ten tokens.
     model = tiny(memory=memory, remat=False, max_text_len=12, max_answer_len=4)
