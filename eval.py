@@ -23,17 +23,27 @@ from tqdm import tqdm
 
 from adacm2_jax import app
 from adacm2_jax.answer import Answer, Answerer, Session
-from adacm2_jax.checkpoint import check_same, read_config, restore_params, write_json
+from adacm2_jax.checkpoint import (
+    check_same,
+    is_base,
+    read_config,
+    restore_params,
+    saved_steps,
+    write_json,
+)
 from adacm2_jax.config import AdaCM2Config, MemoryConfig, from_dict
 from adacm2_jax.errors import UserError
 from adacm2_jax.generate import GenerationConfig
 from adacm2_jax.metrics import exact_match, wilson_interval
-from adacm2_jax.models.adacm2 import plan_for
+from adacm2_jax.models.adacm2 import check_memory
+from adacm2_jax.optim import merge_params
 from adacm2_jax.params import abstract_params
 from adacm2_jax.processor import Processor
 from adacm2_jax.sharding import make_mesh
+from adacm2_jax.start import check_base, start_params
 from data.errors import DataError
 from data.jsonl import Example, JsonlSource
+from data.resize import RESIZES
 from data.sources import open_source
 from data.stream import Row, lock_step, open_video, video_batches
 from data.video import Sampling
@@ -85,9 +95,11 @@ def check(config: ConfigDict) -> AdaCM2Config:
     make_sampling(config.data.sampling)
     if config.data.on_truncated not in ("error", "use"):
         raise UserError(f"data.on_truncated = {config.data.on_truncated!r}: must be error or use")
+    if config.data.resize not in RESIZES:
+        raise UserError(f"data.resize = {config.data.resize!r}: must be {' or '.join(RESIZES)}")
     GenerationConfig(**config.generation)
     model_config = from_dict(config.model.to_dict())
-    plan_for(model_config)  # refuses ratios without a bound
+    check_memory(model_config)
     make_memories(config, model_config)
     return model_config
 
@@ -139,7 +151,7 @@ def make_memories(config: ConfigDict, model_config: AdaCM2Config) -> dict[str, M
     for policy in config.eval.policies:
         options = {"policy": policy} | ({"max_frames": frames} if policy == "full" else {})
         memory = dataclasses.replace(model_config.memory, **options)
-        plan_for(dataclasses.replace(model_config, memory=memory))  # refuses r = 1 here
+        check_memory(dataclasses.replace(model_config, memory=memory))
         memories[policy] = memory
     return memories
 
@@ -153,9 +165,14 @@ def make_answerer(config: ConfigDict, params: dict, processor: Processor) -> Ans
 
 
 def load_params(config: ConfigDict, workdir: str | os.PathLike) -> dict:
-    """A run's parameters alone, on whatever devices this process has."""
+    """Parameters alone, on whatever devices this process has: those of the run, or of the converted
+    checkpoint in its place, else those of ``init_from``."""
     model_config, mesh = from_dict(config.model.to_dict()), make_mesh(tuple(config.mesh))
-    return restore_params(workdir, abstract_params(model_config, config.optim.groups, mesh))
+    abstract = abstract_params(model_config, config.optim.groups, mesh)
+    if saved_steps(workdir) or not (config.init_from or is_base(workdir)):
+        return merge_params(restore_params(workdir, abstract), {})
+    source = workdir if is_base(workdir) else config.init_from
+    return start_params(source, model_config, abstract, config.init_missing, config.seed)
 
 
 def evaluate(config: ConfigDict, params: dict, processor: Processor, output: pathlib.Path) -> dict:
@@ -260,6 +277,7 @@ def reading(config: ConfigDict) -> dict:
     """How videos are read, for ``data.video.read_frames``."""
     return {
         "sampling": make_sampling(config.data.sampling),
+        "resize": config.data.resize,
         "on_truncated": config.data.on_truncated,
         "on_warning": lambda line: print(f"warning: {line}", file=sys.stderr),
     }
@@ -273,7 +291,7 @@ def usage(answerer: Answerer, session: Session, name: str, row: int) -> dict:
     return {
         "policy": name,
         "frames": frames,
-        "kept_tokens": int(state.memory.length[:, row].max()),
+        "kept_tokens": int(state.memory.length[..., row].max()),
         "total_tokens": frames * tokens,
     }
 
@@ -340,19 +358,25 @@ def write_lines(path: pathlib.Path, rows: Sequence[dict]) -> None:
 def main() -> int:
     args = flags.FLAGS
     workdir, config, video = args.workdir, args.config, args.video
-    check_same(read_config(workdir), json.loads(config.to_json()), workdir, FREE)
+    # A run or a converted checkpoint; else a directory to be, whose model comes from init_from.
+    known = not config.init_from or (pathlib.Path(workdir) / "config.json").exists()
+    weights = workdir if known else config.init_from
+    if is_base(weights):
+        check_base(weights, check(config))
+    else:
+        check_same(read_config(weights), json.loads(config.to_json()), weights, FREE)
     output = pathlib.Path(args.output or pathlib.Path(workdir) / "eval")
     if bool(video) != bool(args.question):
         raise UserError("--video and --question go together: what is asked, and of which video")
-    processor = Processor.load(workdir, check(config))
+    processor = Processor.load(weights, check(config))
     if not video:
         check_questions(config, processor, open_source(config.data, config.eval.split))
-        results = evaluate(config, load_params(config, workdir), processor, output)
+        results = evaluate(config, load_params(config, weights), processor, output)
         print(table(results))
         return 1 if results["failed"] else 0
     processor.questions([config.data.prompt.format(question=text) for text in args.question])
     open_one(config, video)
-    answerer = make_answerer(config, load_params(config, workdir), processor)
+    answerer = make_answerer(config, load_params(config, weights), processor)
     predictions = answer_video(config, answerer, video, args.question)
     output.mkdir(parents=True, exist_ok=True)
     write_lines(output / "predictions.jsonl", predictions)

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 
 import grain
 import jax
-import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
@@ -33,10 +32,11 @@ from adacm2_jax.checkpoint import (
 from adacm2_jax.config import AdaCM2Config
 from adacm2_jax.errors import UserError
 from adacm2_jax.metrics import MetricWriter
-from adacm2_jax.optim import make_optimizer, split_params
+from adacm2_jax.optim import make_optimizer, merge_params, split_params
 from adacm2_jax.params import abstract_params, fresh_params
 from adacm2_jax.processor import LLM_DIR, Processor, train_tokenizers
 from adacm2_jax.sharding import make_mesh, rows_per_process, shard_batch
+from adacm2_jax.start import check_start, start_params
 from adacm2_jax.train_step import (
     Batch,
     explain_nonfinite,
@@ -76,6 +76,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
     mesh = make_mesh(tuple(config.mesh))
     rows = rows_per_process(config.train.batch_size, mesh)
     abstract = abstract_params(model_config, config.optim.groups, mesh)
+    if config.init_from and not saved_steps(root):
+        check_start(config.init_from, model_config, abstract, config.init_missing)
     source = open_source(config.data, "train")
     tested = open_source(config.data, config.eval.split)
     root.mkdir(parents=True, exist_ok=True)
@@ -197,10 +199,12 @@ def make_processor(
 def make_params(config, model_config: AdaCM2Config, abstract: dict, root: pathlib.Path) -> dict:
     """Parameters to start from: the run's own, those of ``init_from``, or fresh ones."""
     if saved_steps(root):
-        return restore_params(root, abstract)
+        return merge_params(restore_params(root, abstract), {})
     if config.init_from:
-        return restore_params(config.init_from, abstract)
-    return fresh_params(model_config, abstract, config.seed)
+        return start_params(
+            config.init_from, model_config, abstract, config.init_missing, config.seed
+        )
+    return merge_params(fresh_params(model_config, abstract, config.seed), {})
 
 
 def make_load(config, model_config: AdaCM2Config) -> LoadClip:
@@ -216,7 +220,7 @@ def make_load(config, model_config: AdaCM2Config) -> LoadClip:
         most = min(sampling.max_frames or frames, frames)
         sampling = dataclasses.replace(sampling, max_frames=most)
     size = model_config.vision.image_size
-    return LoadClip(sampling, frames, size, data.jitter, data.on_truncated)
+    return LoadClip(sampling, frames, size, data.jitter, data.on_truncated, data.resize)
 
 
 def make_batch(rows: dict, config, processor: Processor) -> Batch:

@@ -7,21 +7,31 @@
     workdir/frozen/                     parameters that never change, written once (if any)
     workdir/checkpoints/<step>/         learned parameters, optimiser, data iterator
 
+A converted checkpoint (``python -m adacm2_jax.port``) holds ``config.json`` with the model alone,
+the tokenizers, ``params/`` with all parameters and ``base.json``, which says where they are from.
+
 A step's directory gets its name when it is complete, so a killed process leaves at most a directory
 with a temporary name, which nobody reads.
 """
 
+import contextlib
 import json
 import os
 import pathlib
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
+from flax import traverse_util
 
 from adacm2_jax.errors import UserError
-from adacm2_jax.optim import merge_params
 from adacm2_jax.train_step import TrainState
+
+#: Directory of all parameters in a converted checkpoint.
+PARAMS_DIR = "params"
 
 
 class Checkpoints:
@@ -108,64 +118,118 @@ class Checkpoints:
 
 def saved_steps(workdir: str | os.PathLike) -> list[int]:
     """The complete steps of a run, the newest last."""
-    names = [path.name for path in (pathlib.Path(workdir) / "checkpoints").glob("*")]
+    names = [path.name for path in (epath.Path(workdir) / "checkpoints").glob("*")]
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def restore_params(workdir: str | os.PathLike, abstract: dict, step: int | None = None) -> dict:
-    """The parameters of a run, without optimiser or data: on any mesh, on one device.
+def is_base(directory: str | os.PathLike) -> bool:
+    """Whether this is a converted checkpoint, complete."""
+    return (epath.Path(directory) / "base.json").exists()
+
+
+def read_base(directory: str | os.PathLike) -> dict:
+    """What a converted checkpoint says of itself: ``fingerprint``, ``sources`` …; {} for a run."""
+    path = epath.Path(directory) / "base.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def find_params(
+    directory: str | os.PathLike,
+    abstract: dict,
+    step: int | None = None,
+    missing: Sequence[str] = (),
+) -> dict[epath.Path, dict[str, jax.ShapeDtypeStruct]]:
+    """Where a model's parameters are, without reading one.
 
     Args:
-      workdir: of the run.
+      directory: of a run, or of a converted checkpoint.
       abstract: the parameter tree as ``jax.ShapeDtypeStruct`` leaves with shardings.
-      step: which; by default the newest.
+      step: of a run: which; by default the newest.
+      missing: regular expressions over paths that need not be there.
+
+    Returns:
+      The leaves of ``abstract`` by path, for each Orbax tree that holds some of them.
 
     Raises:
       UserError: if there is no checkpoint, it is damaged, or its parameters are not the model's.
     """
-    from flax import traverse_util
+    flat = traverse_util.flatten_dict(abstract, sep="/")
+    found: dict = {}
+    lines = []
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+        for part in _parts(_absolute(directory), step):
+            try:
+                tree = handler.metadata(part).tree
+                stored = {path: tuple(leaf.shape) for path, leaf in tree.items()}
+            except Exception as error:
+                raise _damaged(part, error) from error
+            found[part] = {path: flat[path] for path in stored if path in flat}
+            for path, shape in sorted(stored.items()):
+                if path not in flat:
+                    lines.append(f" - {path} {shape}")
+                elif shape != flat[path].shape:
+                    lines += [f" - {path} {shape}", f" + {path} {flat[path].shape}"]
+    if lines:
+        raise UserError(
+            f"{directory} holds parameters of another model (- stored, + expected):\n"
+            + "\n".join(lines[:40])
+        )
+    absent = sorted(set(flat) - {path for part in found.values() for path in part})
+    refused = [path for path in absent if not any(re.fullmatch(name, path) for name in missing)]
+    if refused:
+        raise UserError(
+            f"{directory} lacks {len(refused)} parameters of the model, the first is {refused[0]}; "
+            "was it saved with another configuration? What may start fresh is named by init_missing"
+        )
+    return found
 
-    root, steps = pathlib.Path(workdir).absolute(), saved_steps(workdir)
+
+def restore_params(
+    directory: str | os.PathLike,
+    abstract: dict,
+    step: int | None = None,
+    missing: Sequence[str] = (),
+) -> dict[str, jax.Array]:
+    """The parameters that :func:`find_params` finds, by path: on any mesh, on one device.
+
+    Raises:
+      UserError: as :func:`find_params` does.
+    """
+    restored: dict = {}
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+        for part, wanted in find_params(directory, abstract, step, missing).items():
+            try:
+                restored |= handler.restore(part, args=ocp.args.StandardRestore(wanted))
+            except Exception as error:
+                raise _damaged(part, error) from error
+    return restored
+
+
+def _parts(root: epath.Path, step: int | None) -> list[epath.Path]:
+    """The Orbax trees that make up a model."""
+    if is_base(root):
+        return [root / PARAMS_DIR]
+    if (root / PARAMS_DIR).exists():
+        raise UserError(f"{root} is half of a converted checkpoint; convert it again")
+    steps = saved_steps(root)
     if not steps:
-        raise UserError(f"{workdir}: no checkpoint here; train first, or name another directory")
+        raise UserError(f"{root}: no checkpoint here; train first, or name another directory")
     if step is None:
         step = steps[-1]
     if step not in steps:
-        raise UserError(f"{workdir}: no checkpoint of step {step}; there are {steps}")
-    path = root / "checkpoints" / str(step)
-    parts = [path / "learned"] + ([root / "frozen"] if (root / "frozen").exists() else [])
-    flat = traverse_util.flatten_dict(abstract, sep="/")
-    found: dict = {}
-    with ocp.StandardCheckpointer() as checkpointer:
-        for part in parts:
-            try:
-                stored = checkpointer.metadata(part).item_metadata.tree
-                wanted = {name: flat[name] for name in stored if name in flat}
-                extra = sorted(set(stored) - set(flat))
-                wrong = sorted(n for n in wanted if tuple(stored[n].shape) != wanted[n].shape)
-                if not (extra or wrong):
-                    found |= checkpointer.restore(part, wanted)
-            except Exception as error:
-                raise _damaged(part, error) from error
-            if extra or wrong:
-                lines = [f" - {name} {tuple(stored[name].shape)}" for name in extra + wrong]
-                lines += [f" + {name} {flat[name].shape}" for name in wrong]
-                raise UserError(
-                    f"{part} holds parameters of another model (- stored, + expected):\n"
-                    + "\n".join(lines[:40])
-                )
-    missing = sorted(set(flat) - set(found))
-    if missing:
-        raise UserError(
-            f"{path} lacks {len(missing)} parameters of the model, the first is {missing[0]}; was "
-            "it saved with another configuration?"
-        )
-    return merge_params(found, {})
+        raise UserError(f"{root}: no checkpoint of step {step}; there are {steps}")
+    frozen = [root / "frozen"] if (root / "frozen").exists() else []
+    return [root / "checkpoints" / str(step) / "learned", *frozen]
+
+
+def _absolute(directory: str | os.PathLike) -> epath.Path:
+    path = epath.Path(directory)
+    return path if "://" in os.fspath(directory) else path.absolute()
 
 
 def write_config(workdir: str | os.PathLike, config: dict) -> None:
     """Writes ``config.json`` beside, then renames it."""
-    write_json(pathlib.Path(workdir) / "config.json", config)
+    write_json(epath.Path(workdir) / "config.json", config)
 
 
 def read_config(workdir: str | os.PathLike) -> dict:
@@ -174,7 +238,7 @@ def read_config(workdir: str | os.PathLike) -> dict:
     Raises:
       UserError: if there is none, or it is no JSON.
     """
-    path = pathlib.Path(workdir) / "config.json"
+    path = epath.Path(workdir) / "config.json"
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -215,7 +279,7 @@ def check_same(
         )
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
+def write_json(path: pathlib.Path | epath.Path, value: Any) -> None:
     """Writes a JSON file beside, then renames it: there is never half a file."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_text(json.dumps(value, indent=2) + "\n")
@@ -228,9 +292,12 @@ def _abstract(tree):
     )
 
 
-def _damaged(path: pathlib.Path, error: Exception) -> UserError:
+def _damaged(path: epath.PathLike, error: Exception) -> UserError:
+    path = pathlib.PurePath(path)
     first_line = str(error).strip().split("\n")[0][:120]
     remedy = f"delete {path.parent} to go on from an older step"
+    if path.name == PARAMS_DIR:
+        remedy = "convert it again"
     if path.name == "frozen":
         remedy = "restore it from a copy, or train again"
     return UserError(

@@ -12,8 +12,9 @@ from fractions import Fraction
 from adacm2_jax.errors import UserError
 
 Ratio = str | int | float | Fraction
-POLICIES = ("adacm2", "full", "recent", "uniform", "random", "budget")
+POLICIES = ("adacm2", "full", "recent", "uniform", "random", "budget", "merge")
 SCORE_ROWS = ("query", "text", "query+text")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def as_fraction(value: Ratio, name: str = "a ratio") -> Fraction:
@@ -120,7 +121,7 @@ class MemoryConfig:
     """Which visual tokens are kept from frame to frame.
 
     Attributes:
-      policy: one of :data:`POLICIES`; see ``adacm2_jax/policies.py``.
+      policy: one of :data:`POLICIES`; see ``adacm2_jax/policies.py``, and ``adacm2_jax/merge.py``.
       recent_ratio: ρ, the share of the live tokens, newest first, that is kept whole; one value, or
         one for each cross-attention layer (a tuple, or text such as ``"0.1,0.2"``).
       conserve_ratio: β, the share of the older tokens, best score first, that is kept; likewise.
@@ -129,6 +130,7 @@ class MemoryConfig:
       max_frames: ``full`` only: the longest video that it must hold; of a longer one it holds the
         newest ``max_frames`` frames.
       capacity: ``budget`` only: the tokens that a layer holds before anything is dropped.
+      bank_frames: ``merge`` only: M, the frames that each bank holds (MA-LMM's memory_bank_length).
     """
 
     policy: str = "adacm2"
@@ -137,6 +139,7 @@ class MemoryConfig:
     score_rows: str = "query"
     max_frames: int = 0
     capacity: int = 0
+    bank_frames: int = 0
 
     def __post_init__(self):
         _one_of("memory.policy", self.policy, POLICIES)
@@ -161,6 +164,11 @@ class MemoryConfig:
                 f"memory.capacity is {self.capacity}: policy 'budget' needs the number of tokens "
                 "that a layer may hold"
             )
+        if self.policy == "merge" and self.bank_frames < 1:
+            raise UserError(
+                f"memory.bank_frames is {self.bank_frames}: policy 'merge' needs the number of "
+                "frames that a bank holds; set it to the checkpoint's (MA-LMM: 10 or 20)"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +182,12 @@ class AdaCM2Config:
         and the last row from there on.
       max_text_len: tokens of a question, for both tokenizers; a longer one is an error.
       max_answer_len: tokens of a training answer, its end token included.
-      dtype: of activations, and of frozen parameters: ``float32`` or ``bfloat16``.
+      dtype: of matrix products in the ViT and the LLM, and of their weights where they are frozen:
+        ``float32``, ``bfloat16`` or ``float16``. The ViT's residual stream is always float32, as
+        are norms, softmax and scores everywhere.
+      qformer_dtype: the same of the Q-Former, what surrounds it (ln_vision, temporal embedding,
+        language projection) and the memory; empty: ``dtype``. LAVIS and MA-LMM evaluate with
+        ``float16`` and ``float32``.
       remat: compute a layer's activations again in the backward pass instead of keeping them.
     """
 
@@ -187,10 +200,12 @@ class AdaCM2Config:
     max_text_len: int = 128
     max_answer_len: int = 256
     dtype: str = "float32"
+    qformer_dtype: str = ""
     remat: bool = True
 
     def __post_init__(self):
-        _one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("qformer_dtype", self.qformer_dtype, ("", *DTYPES))
         if self.temporal_positions < 1:
             raise UserError(f"temporal_positions must be at least 1, not {self.temporal_positions}")
         if self.max_text_len > self.qformer.max_positions:
@@ -204,6 +219,11 @@ class AdaCM2Config:
                 f"queries + max_text_len + max_answer_len = {needed} exceed llm.max_positions = "
                 f"{self.llm.max_positions}; lower max_text_len or max_answer_len"
             )
+
+    @property
+    def memory_dtype(self) -> str:
+        """Of keys, values and query rows, and so of all that the Q-Former computes."""
+        return self.qformer_dtype or self.dtype
 
 
 def instructblip_vicuna_7b(**overrides) -> AdaCM2Config:

@@ -1,9 +1,11 @@
 """The parameters of a model: their shapes, types and places, and fresh values for them."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 
 import flax.linen as nn
 import jax
+from flax import traverse_util
 from jax.sharding import Mesh
 
 from adacm2_jax.config import AdaCM2Config
@@ -17,7 +19,7 @@ def abstract_params(config: AdaCM2Config, groups: Sequence[Group], mesh: Mesh) -
 
     Args:
       config: the model.
-      groups: of the optimiser. What learns is float32; what is frozen has the model's dtype.
+      groups: of the optimiser. What learns is float32; what is frozen see :func:`frozen_dtype`.
       mesh: where the parameters belong.
 
     Returns:
@@ -32,24 +34,51 @@ def abstract_params(config: AdaCM2Config, groups: Sequence[Group], mesh: Mesh) -
 
     def place(path, leaf, sharding) -> jax.ShapeDtypeStruct:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        dtype = config.dtype if name in frozen else leaf.dtype
+        dtype = frozen_dtype(config, name) if name in frozen else leaf.dtype
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(place, shapes, param_shardings(boxed, mesh))
 
 
-def fresh_params(config: AdaCM2Config, abstract: dict, seed: int) -> dict:
+def frozen_dtype(config: AdaCM2Config, path: str) -> str:
+    """The dtype that a parameter is kept in where it does not learn.
+
+    Weights of matrix products and tables of words have the dtype that they are used in. All else,
+    a thousandth of a model, is float32: norms, biases, learned tokens and positions.
+    """
+    if not re.search(r"(kernel|(token|word)_embed)$", path):
+        return "float32"
+    return config.dtype if path.startswith(("vision/", "llm/")) else config.memory_dtype
+
+
+def fresh_params(
+    config: AdaCM2Config, abstract: dict, seed: int, only: Collection[str] | None = None
+) -> dict[str, jax.Array]:
     """Random parameters, made where they belong.
 
     Args:
       config: the model.
       abstract: of :func:`abstract_params`.
-      seed: of the random numbers.
+      seed: of the random numbers; a parameter's values do not depend on ``only``.
+      only: paths to make; by default all.
+
+    Returns:
+      Flat parameters by path.
     """
+    wanted = traverse_util.flatten_dict(abstract, sep="/")
+    if only is not None:
+        wanted = {path: wanted[path] for path in only}
 
     def init(key: jax.Array) -> dict:
-        params = nn.unbox(init_params(config, key))
-        return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, abstract)
+        params = traverse_util.flatten_dict(nn.unbox(init_params(config, key)), sep="/")
+        return {path: params[path].astype(like.dtype) for path, like in wanted.items()}
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    shardings = {path: leaf.sharding for path, leaf in wanted.items()}
     return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+
+
+def param_shapes(config: AdaCM2Config) -> dict[str, tuple[int, ...]]:
+    """path → shape of every parameter of a model."""
+    boxed = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    flat = traverse_util.flatten_dict(nn.unbox(boxed), sep="/")
+    return {path: leaf.shape for path, leaf in flat.items()}

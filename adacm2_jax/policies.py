@@ -15,6 +15,8 @@ random     0                      as many          a random number drawn when th
 budget     ⌊ρ·capacity⌋           the rest         cross-attention; all stay while n ≤ capacity
 =========  =====================  ===============  =============================================
 
+The policy ``merge`` drops nothing, so it has no counts: it is in ``merge.py``.
+
 ``recent``, ``uniform`` and ``random`` keep exactly as many tokens as ``adacm2`` with the same ρ and
 β, after every frame and in every layer, so that a comparison differs in *which* tokens alone.
 """
@@ -81,7 +83,10 @@ def retention_plan(config: MemoryConfig, tokens_per_frame: int, num_layers: int)
 
     Raises:
       UserError: for per-layer ratios of another length, or ratios that keep everything.
+      ValueError: for policy ``merge``.
     """
+    if config.policy == "merge":
+        raise ValueError("policy 'merge' has no counts of tokens to plan: see merge.py")
     if config.policy == "full":
         capacity = config.max_frames * tokens_per_frame
         recent = np.minimum(np.arange(capacity + tokens_per_frame + 1), capacity)

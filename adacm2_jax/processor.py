@@ -2,15 +2,17 @@
 
 Two tokenizers, as in LAVIS's InstructBLIP (blip2_vicuna_instruct.py): a BERT one for the Q-Former
 (``[CLS] question [SEP]``) and a LLaMA one for the language model, where ``</s>`` opens and ends
-every text. Lengths are static: every text is padded to the configuration's limit.
+every text. Lengths are static: every text is padded to the configuration's limit. A longer question
+is refused; LAVIS would cut off its beginning.
 """
 
 import collections
 import functools
+import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,8 @@ from adacm2_jax.errors import UserError
 from adacm2_jax.models.adacm2 import Question
 
 QFORMER_DIR, LLM_DIR = "qformer_tokenizer", "llm_tokenizer"
+#: A sentencepiece model, in a directory of the language model's tokenizer.
+PIECES = "tokenizer.model"
 
 
 class Processor:
@@ -40,6 +44,12 @@ class Processor:
                     f"the {name} tokenizer has {len(tokenizer)} tokens, but the model has {rows} "
                     "embedding rows; use the tokenizer that belongs to the checkpoint"
                 )
+        for token in ("bos_token", "eos_token", "pad_token"):
+            if getattr(llm_tokenizer, token) is None:
+                raise UserError(
+                    f"the language-model tokenizer names no {token}; write it with train.py, or "
+                    "with python -m adacm2_jax.port"
+                )
         self._qformer, self._llm = qformer_tokenizer, llm_tokenizer
         self._max_text, self._max_answer = config.max_text_len, config.max_answer_len
         self.eos_id, self.pad_id = llm_tokenizer.eos_token_id, llm_tokenizer.pad_token_id
@@ -47,28 +57,42 @@ class Processor:
 
     @classmethod
     def load(cls, directory: str | pathlib.Path, config: AdaCM2Config) -> "Processor":
-        """Reads the two tokenizers from a directory; never goes to the network."""
-        from transformers import AutoTokenizer
+        """Reads the two tokenizers from a directory; never goes to the network.
 
-        def read(name):
-            path = pathlib.Path(directory) / name
-            if not path.is_dir():
-                raise UserError(
-                    f"no tokenizer at {path}; point to a directory that holds {QFORMER_DIR}/ and "
-                    f"{LLM_DIR}/, as train.py writes them"
-                )
-            return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        Each is what :meth:`save` writes, or the files of a published checkpoint
+        (``tokenizer.model``, ``vocab.txt``), which are read as LAVIS reads them.
 
-        return cls(read(QFORMER_DIR), read(LLM_DIR), config)
+        Raises:
+          UserError: if there is none, it is damaged, or larger than the model.
+        """
+        from adacm2_jax.port.tokenizers import read_llm_tokenizer, read_qformer_tokenizer
+
+        root = pathlib.Path(directory)
+        return cls(
+            _load(root / QFORMER_DIR, read_qformer_tokenizer, config.qformer.vocab_size),
+            _load(root / LLM_DIR, read_llm_tokenizer, config.llm.vocab_size),
+            config,
+        )
 
     def save(self, directory: str | pathlib.Path) -> None:
         """Writes both tokenizers in Hugging Face's layout, in place of those that are there."""
-        for name, tokenizer in ((QFORMER_DIR, self._qformer), (LLM_DIR, self._llm)):
+        for name, write in ((QFORMER_DIR, self.save_qformer), (LLM_DIR, self.save_llm)):
             target = pathlib.Path(directory) / name
             beside = target.with_name(f".{name}.{os.getpid()}")
-            tokenizer.save_pretrained(beside)
+            write(beside)
             shutil.rmtree(target, ignore_errors=True)
             beside.rename(target)
+
+    def save_qformer(self, directory: str | pathlib.Path) -> None:
+        """Writes the Q-Former's tokenizer into a directory, beside what else it holds."""
+        _save(self._qformer, pathlib.Path(directory))
+
+    def save_llm(self, directory: str | pathlib.Path) -> None:
+        """Writes the language model's tokenizer into a directory, beside what else it holds.
+
+        With its ``tokenizer.model``, if it came from one: LAVIS reads nothing else.
+        """
+        _save(self._llm, pathlib.Path(directory))
 
     def questions(self, questions: Sequence[str]) -> Question:
         """Prompts to generate from: the language model's side is padded on the left.
@@ -128,7 +152,45 @@ class Processor:
 
     def _answer(self, answer: str) -> list[int]:
         ids = self._llm(answer, add_special_tokens=False)["input_ids"]
-        return [*ids[: self._max_answer - 1], self.eos_id]  # LAVIS cuts answers on the right
+        # LAVIS cuts on the right too, but with the end token; ours always ends.
+        return [*ids[: self._max_answer - 1], self.eos_id]
+
+
+def _load(path: pathlib.Path, read: Callable[[pathlib.Path, int], Any], rows: int) -> Any:
+    """The tokenizer in a directory; ``read`` takes those that have no ``tokenizer.json``."""
+    from transformers import PreTrainedTokenizerFast
+
+    if not path.is_dir():
+        raise UserError(
+            f"no tokenizer at {path}; point to a directory that holds {QFORMER_DIR}/ and "
+            f"{LLM_DIR}/, as train.py writes them"
+        )
+    if not (path / "tokenizer.json").is_file():
+        return read(path, rows)
+    try:
+        # The file is complete. Any other class would lay rules of its own over it, which differ
+        # from one version of transformers to the next.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises nothing more precise
+        reason = str(error).strip().split("\n")[0][:120]
+        raise UserError(
+            f"the tokenizer in {path} is damaged ({reason}); restore it from a copy"
+        ) from error
+    if (path / PIECES).is_file():
+        tokenizer.vocab_file = str(path / PIECES)
+    return tokenizer
+
+
+def _save(tokenizer: Any, directory: pathlib.Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(directory)
+    settings = directory / "tokenizer_config.json"
+    # Each version of transformers names a class that others do not have; all of them know this one.
+    values = json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings.write_text(json.dumps(values, indent=2) + "\n")
+    pieces = pathlib.Path(getattr(tokenizer, "vocab_file", None) or "")
+    if pieces.name == PIECES and pieces.is_file() and not (directory / PIECES).exists():
+        shutil.copyfile(pieces, directory / PIECES)
 
 
 def train_tokenizers(

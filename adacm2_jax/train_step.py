@@ -78,7 +78,8 @@ def loss_fn(
 ) -> tuple[jax.Array, jax.Array]:
     """The walk of one batch, from pixels to the loss; float32 scalars: loss and token accuracy.
 
-    Differentiates through all frames. Where the ViT is frozen its features carry no gradient.
+    Differentiates through all frames, under policy ``merge`` through the last one alone. Where the
+    ViT is frozen its features carry no gradient.
     """
     model = AdaCM2(config)
     params = merge_params(learned, frozen)

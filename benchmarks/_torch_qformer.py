@@ -2,7 +2,9 @@
 
 Frame by frame, as PyTorch implementations of such models read a video: concatenate the memory and
 the new frame, attend, add up the scores, take the top k, gather what stays. One video at a time and
-inference only; written to be fast: fused projections, PyTorch's own fused self-attention, no masks.
+inference only. Two ways to write it: ``plain``, with a linear layer for each of query, key and
+value and softmax attention in separate operations, as LAVIS, MA-LMM and transformers have it; and
+``fused``, with one linear layer for all three and PyTorch's own fused self-attention.
 """
 
 from collections.abc import Callable
@@ -37,17 +39,25 @@ def layer_norm(layer: dict, epsilon: float) -> nn.LayerNorm:
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, params: dict, heads: int, epsilon: float):
+    def __init__(self, params: dict, heads: int, epsilon: float, fused: bool):
         super().__init__()
-        self.heads = heads
-        self.qkv = linear(params["query"], params["key"], params["value"])
+        self.heads, self.fused = heads, fused
+        names = ("query", "key", "value")
+        if fused:
+            self.qkv = linear(*(params[name] for name in names))
+        else:
+            self.parts = nn.ModuleList([linear(params[name]) for name in names])
         self.out = linear(params["out"], num_inputs=2)
         self.norm = layer_norm(params["norm"], epsilon)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows, width = x.shape
-        q, k, v = self.qkv(x).view(1, rows, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v)
+        if self.fused:
+            q, k, v = self.qkv(x).view(1, rows, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            y = F.scaled_dot_product_attention(q, k, v)
+        else:
+            q, k, v = (part(x).view(1, rows, self.heads, -1).transpose(1, 2) for part in self.parts)
+            y = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
         return self.norm(x + self.out(y.transpose(1, 2).reshape(rows, width)))
 
 
@@ -65,24 +75,33 @@ class CrossAttention(nn.Module):
     """Holds its memory: keys and values [n, H, D], oldest token first."""
 
     def __init__(
-        self, params: dict, projection: dict, heads: int, epsilon: float, counts: Callable
+        self,
+        params: dict,
+        projection: dict,
+        heads: int,
+        epsilon: float,
+        counts: Callable,
+        fused: bool,
     ):
         super().__init__()
-        self.heads, self.counts = heads, counts
+        self.heads, self.counts, self.fused = heads, counts, fused
         self.query = linear(params["query"])
-        self.key_value = linear(
-            *(
-                dict(kernel=projection[f"{name}_kernel"], bias=projection[f"{name}_bias"])
-                for name in ("key", "value")
-            )
+        key, value = (
+            dict(kernel=projection[f"{name}_kernel"], bias=projection[f"{name}_bias"])
+            for name in ("key", "value")
         )
+        parts = [linear(key, value)] if fused else [linear(key), linear(value)]
+        self.key_value = nn.ModuleList(parts)
         self.out = linear(params["out"], num_inputs=2)
         self.norm = layer_norm(params["norm"], epsilon)
         self.key = self.value = None
 
     def forward(self, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         rows, width = x.shape
-        key, value = self.key_value(features).view(-1, 2, self.heads, width // self.heads).unbind(1)
+        parts = [part(features) for part in self.key_value]
+        if self.fused:
+            parts = parts[0].chunk(2, dim=1)
+        key, value = (part.view(-1, self.heads, width // self.heads) for part in parts)
         if self.key is not None:
             key, value = torch.cat([self.key, key]), torch.cat([self.value, value])
         query = self.query(x).view(rows, self.heads, -1).transpose(0, 1)
@@ -107,9 +126,10 @@ class StreamingQFormer(nn.Module):
       config: an ``AdaCM2Config``.
       counts: from the number of live tokens to (newest kept, older kept).
       text_ids: int[R], the question.
+      fused: how attention is written; see the head of this file.
     """
 
-    def __init__(self, params: dict, config, counts: Callable, text_ids: np.ndarray):
+    def __init__(self, params: dict, config, counts: Callable, text_ids: np.ndarray, fused: bool):
         super().__init__()
         c, q = config.qformer, params["qformer"]
         heads, epsilon = c.num_heads, c.layer_norm_eps
@@ -133,11 +153,11 @@ class StreamingQFormer(nn.Module):
             group = at(q["groups"], layer)
             projection = at(q["frame_projection"], layer)
             self.cross_attention.append(
-                CrossAttention(group["cross_attention"], projection, heads, epsilon, counts)
+                CrossAttention(group["cross_attention"], projection, heads, epsilon, counts, fused)
             )
             for i in range(self.every):
                 self.self_attention.append(
-                    SelfAttention(group[f"self_attention_{i}"], heads, epsilon)
+                    SelfAttention(group[f"self_attention_{i}"], heads, epsilon, fused)
                 )
                 self.query_ffn.append(FeedForward(group[f"query_ffn_{i}"], epsilon))
                 self.text_ffn.append(FeedForward(group[f"text_ffn_{i}"], epsilon))

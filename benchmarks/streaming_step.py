@@ -2,10 +2,12 @@
 
 Full-size Q-Former (768 wide, 12 layers, 32 queries, 12 text tokens) on features of 257 × 1408, one
 video, float32, random weights (the same on both sides), the memory at its settled length. Ours
-reads a chunk of F frames a call, PyTorch frame by frame. Encoder and language model take no part.
+reads a chunk of F frames a call, PyTorch frame by frame, written in the two ways of
+``_torch_qformer.py``. Encoder and language model take no part.
 """
 
 import argparse
+import itertools
 
 import _paired  # before JAX: it sets the number of threads
 import flax.linen as nn
@@ -20,7 +22,8 @@ from adacm2_jax.models.adacm2 import AdaCM2, Question, init_params, init_state
 from adacm2_jax.policies import retention_counts
 
 TEXT_TOKENS = 12
-CHUNKS = (1, 4, 8, 16)
+CHUNKS = (1, 8, 16)
+STYLES = ("plain", "fused")
 # Float32 keeps 2⁻²⁴ of a value; the longest chain of sums in the step is 12 layers of products over
 # 3072 terms, whose rounding errors grow like the square root of their number; values reach about 8.
 TOLERANCE = 2.0**-24 * (12 * 3072) ** 0.5 * 8
@@ -101,7 +104,10 @@ class Benchmark:
                 counts[live] = retention_counts(live, *ratios)
             return counts[live]
 
-        self.torch = StreamingQFormer(params, self.config, count, ids).eval()
+        self.torch = {
+            style: StreamingQFormer(params, self.config, count, ids, style == "fused").eval()
+            for style in STYLES
+        }
         vision = self.config.vision
         shape = (1, max(CHUNKS), vision.tokens_per_frame, vision.width)
         self.features = rng.standard_normal(shape, np.float32)
@@ -121,13 +127,14 @@ class Benchmark:
         """Tokens that a layer attends to."""
         return int(self.state.memory.length[0, 0]) + self.config.vision.tokens_per_frame
 
-    def run(self, chunk: int, frames: int) -> dict:
+    def run(self, chunk: int, frames: int, style: str) -> dict:
         """Both sides from the settled memory on: first that they agree, then how long they take."""
         features = jnp.asarray(self.features[:, :chunk])
         parts = torch.from_numpy(self.features[0, :chunk])
         start = jax.tree.map(jnp.array, self.state)
         seen = int(self.state.frames_seen[0])
-        self.torch.load_memory(*time_ordered(self.state.memory))
+        model = self.torch[style]
+        model.load_memory(*time_ordered(self.state.memory))
 
         def ours():
             nonlocal start
@@ -137,7 +144,7 @@ class Benchmark:
         @torch.inference_mode()
         def theirs():
             for i in range(chunk):
-                queries = self.torch(parts[i], seen + i)
+                queries = model(parts[i], seen + i)
             return queries
 
         difference = np.abs(np.asarray(ours())[0] - theirs().numpy()).max()
@@ -155,16 +162,17 @@ def main() -> None:
     args = parser.parse_args()
 
     results = _paired.header()
-    print("preset  live   F  GFLOP  ours ms  torch ms  ratio (quartiles)  share of peak")
+    print("preset  live   F  torch  GFLOP  ours ms  torch ms  ratio (quartiles)  share of peak")
     for preset in ("eq8", "eq6"):
         benchmark = Benchmark(preset)
         gflop = gflop_per_frame(benchmark.config, benchmark.live)
-        for chunk in CHUNKS:
-            row = dict(preset=preset, live=benchmark.live, chunk=chunk, gflop=gflop)
-            row |= benchmark.run(chunk, args.frames)
+        for chunk, style in itertools.product(CHUNKS, STYLES):
+            row = dict(preset=preset, live=benchmark.live, chunk=chunk, style=style, gflop=gflop)
+            row |= benchmark.run(chunk, args.frames, style)
             results["rows"].append(row)
             print(
-                f"{preset:6} {row['live']:5} {chunk:3} {gflop:6.1f} {row['ours'] * 1e3:8.1f} "
+                f"{preset:6} {row['live']:5} {chunk:3} {style:6} {gflop:6.1f} "
+                f"{row['ours'] * 1e3:8.1f} "
                 f"{row['theirs'] * 1e3:9.1f}  {_paired.ratio(row):>17}"
                 f"  {_paired.shares(row, results['peak'])}",
                 flush=True,

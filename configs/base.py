@@ -14,8 +14,11 @@ def base_config(model: AdaCM2Config) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
             "seed": 0,
-            # A directory of train.py whose parameters (and tokenizers) this run starts from.
+            # Where parameters (and tokenizers) come from unless this run has saved its own: a
+            # directory of train.py, or a converted checkpoint (python -m adacm2_jax.port).
             "init_from": "",
+            # Expressions over the paths of parameters that init_from may lack; they start fresh.
+            "init_missing": (),
             # A directory with both tokenizers; empty learns them from the training texts.
             "tokenizers": "",
             # Devices: (data, model); -1 takes all that are left.
@@ -38,6 +41,7 @@ def base_config(model: AdaCM2Config) -> ml_collections.ConfigDict:
                 # length; max_frames > 0 spreads that many over a video that would have more.
                 "sampling": {"mode": "uniform", "num_frames": 8, "fps": 1.0, "max_frames": 0},
                 "jitter": False,  # training: a random instant in each segment
+                "resize": "clean",  # or ma_lmm: as MA-LMM evaluates, see data/resize.py
                 "on_truncated": "error",  # or use: go on with what could be read
                 "cache": False,  # keep decoded training clips on disk (short videos, many epochs)
                 "cache_dir": "runs/cache",

@@ -6,8 +6,8 @@ Expected: 7.9 billion parameters, of which 189 million learn (Q-Former, queries,
 embedding, projection); ViT and LLM stay frozen in bfloat16, 15.4 GB in all, the LLM's share of it
 divided over the devices. It needs accelerators.
 
-WEIGHTS is a directory with checkpoints/ and both tokenizers, as train.py and the port of the
-published weights write them. Hyper-parameters are those of MA-LMM's scripts.
+WEIGHTS is a converted checkpoint (docs/porting.md), or a directory of train.py. Hyper-parameters
+are those of MA-LMM's scripts.
 """
 
 import ml_collections
@@ -20,6 +20,7 @@ def get_config(arguments: str = "weights,train.jsonl,test.jsonl") -> ml_collecti
     weights, train, test = (arguments.split(",") + ["", ""])[:3]
     config = base_config(instructblip_vicuna_7b(dtype="bfloat16"))
     config.init_from = weights
+    config.init_missing = ("temporal_embed",)  # InstructBLIP has none
     config.data.jsonl = {"train": train, "test": test or train}
     config.data.prompt = "Question: {question} Short answer:"
     config.data.jitter = True

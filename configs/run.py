@@ -1,15 +1,31 @@
 """The experiment of an existing run, for eval.py: ``--config configs/run.py:WORKDIR``.
 
-COMMAND: python eval.py --workdir runs/quickstart   (which takes this file by itself)
+COMMAND: python eval.py --workdir runs/quickstart/main   (which takes this file by itself)
+
+A converted checkpoint has no experiment of its own: it is asked as LAVIS asks InstructBLIP.
 """
 
 import ml_collections
 
-from adacm2_jax.checkpoint import read_config
+from adacm2_jax.checkpoint import is_base, read_config
+from adacm2_jax.config import from_dict
+from configs.base import base_config
 
 
 def get_config(workdir: str) -> ml_collections.ConfigDict:
-    return ml_collections.ConfigDict(_with_tuples(read_config(workdir)))
+    stored = read_config(workdir)
+    config = base_config(from_dict(stored["model"]))
+    if not is_base(workdir):
+        with config.ignore_type():
+            config.update(_with_tuples(stored))  # over the fields that are younger than the run
+        return config
+    config.init_missing = ("temporal_embed",)
+    config.data.prompt = "Question: {question} Short answer:"
+    config.generation.num_beams = 5
+    config.generation.repetition_penalty = 1.5
+    config.generation.length_penalty = 0.0
+    config.generation.max_new_tokens = 10
+    return config
 
 
 def _with_tuples(value):

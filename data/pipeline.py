@@ -28,6 +28,7 @@ class LoadClip(grain.transforms.RandomMap):
       size: side of the frames, pixels.
       jitter: a random instant in each of T equal segments, instead of its middle.
       on_truncated: ``error`` (the video is skipped) or ``use`` (what could be read is used).
+      resize: how frames are made square: ``clean`` or ``ma_lmm``, see ``data.resize``.
     """
 
     sampling: Sampling
@@ -35,6 +36,7 @@ class LoadClip(grain.transforms.RandomMap):
     size: int
     jitter: bool
     on_truncated: str
+    resize: str = "clean"
 
     def random_map(self, element: tuple[int, Example], rng: np.random.Generator) -> dict[str, Any]:
         index, example = element
@@ -48,6 +50,7 @@ class LoadClip(grain.transforms.RandomMap):
                 start=example.start,
                 end=example.end,
                 rng=rng if self.jitter else None,
+                resize=self.resize,
                 on_truncated=self.on_truncated,
                 on_warning=logging.warning,
             )[: self.num_frames]

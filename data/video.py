@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import Image
 
 from data.container import Source
 from data.decoder import Decoder, TruncatedError, VideoInfo
 from data.errors import DataError
+from data.resize import RESIZES
 
 __all__ = ["Chunk", "Sampling", "VideoInfo", "probe", "read_clip", "read_frames", "sample_times"]
 
@@ -120,15 +120,16 @@ def read_frames(
     end: float | None = None,
     chunk: int = 16,
     rng: np.random.Generator | None = None,
+    resize: str = "clean",
     on_truncated: Literal["error", "use"] = "error",
     on_warning: Callable[[str], None] = warnings.warn,
 ) -> tuple[int, Iterator[Chunk]]:
     """Opens a video and reads the chosen frames, lazily and in order.
 
     The frame of an instant is the one shown then: the last that starts no later, so a variable
-    frame rate is honoured. The whole picture is turned upright and squashed to `size` x `size` with
-    PIL's bicubic filter, its aspect ratio not kept, as in LAVIS. Host memory holds one chunk and
-    the decoder's own few frames, whatever the video's length.
+    frame rate is honoured. The whole picture is turned upright and squashed to `size` x `size`, its
+    aspect ratio not kept, by default with PIL's bicubic filter as in LAVIS. Host memory holds one
+    chunk and the decoder's own few frames, whatever the video's length.
 
     Args:
         source: a path, or the encoded file's bytes.
@@ -137,6 +138,7 @@ def read_frames(
         start, end: the part of the video that counts, seconds; None for the video's own.
         chunk: frames of a chunk; the last may have fewer.
         rng: see `sample_times`.
+        resize: how frames are made square, a name in `data.resize.RESIZES`: "clean", or "ma_lmm".
         on_truncated: what to do when the file ends before its header says: "error" raises; "use"
             warns and ends the iterator early, so **the frames that came count, not the number that
             was announced**.
@@ -150,6 +152,8 @@ def read_frames(
     """
     if on_truncated not in ("error", "use"):
         raise DataError(f"on_truncated={on_truncated!r}: must be 'error' or 'use'")
+    if resize not in RESIZES:
+        raise DataError(f"resize={resize!r}: must be {' or '.join(RESIZES)}")
     if size < 1 or chunk < 1:
         raise DataError(f"size={size}, chunk={chunk}: both must be 1 or more")
     decoder = Decoder(source)
@@ -159,7 +163,7 @@ def read_frames(
         raise DataError(f"{decoder.name}: {error}") from None
     if on_truncated == "error":
         decoder.check_stored(times[-1])
-    return len(times), _chunks(decoder, times, size, chunk, on_truncated, on_warning)
+    return len(times), _chunks(decoder, times, size, chunk, resize, on_truncated, on_warning)
 
 
 def read_clip(source: Source, sampling: Sampling, *, size: int, **options: object) -> np.ndarray:
@@ -196,6 +200,7 @@ def _chunks(
     times: np.ndarray,
     size: int,
     chunk: int,
+    resize: str,
     on_truncated: str,
     on_warning: Callable[[str], None],
 ) -> Iterator[Chunk]:
@@ -211,7 +216,7 @@ def _chunks(
                 truncated = error
                 break
             if frame is not shown:
-                shown, picture = frame, _resize(decoder.to_rgb(frame), size)
+                shown, picture = frame, RESIZES[resize](decoder.to_rgb(frame), size)
             frames[count] = picture
         else:
             count += 1
@@ -224,9 +229,3 @@ def _chunks(
         on_warning(f"{truncated.args[0]}: the {done} of {len(times)} frames before that are used")
     if decoder.damaged:
         on_warning(f"{decoder.name}: damaged packets passed over: {decoder.damaged}")
-
-
-def _resize(picture: np.ndarray, size: int) -> np.ndarray:
-    if picture.shape[:2] == (size, size):
-        return picture
-    return np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC))

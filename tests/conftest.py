@@ -28,6 +28,8 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default-no-d
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 collect_ignore = [] if HAS_TORCH else ["parity"]
+if importlib.util.find_spec("gguf") is None:  # `make check-real-weights` installs it
+    collect_ignore.append("parity/test_real_weights.py")
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from adacm2_jax.answer import Answerer
 from adacm2_jax.config import MemoryConfig
 from adacm2_jax.errors import UserError
 from adacm2_jax.generate import GenerationConfig
+from adacm2_jax.optim import merge_params
 from adacm2_jax.params import abstract_params, fresh_params
 from adacm2_jax.processor import train_tokenizers
 from adacm2_jax.sharding import make_mesh
@@ -19,6 +20,7 @@ MEMORIES = {
     "adacm2": CONFIG.memory,
     "full": MemoryConfig(policy="full", max_frames=6),
     "random": MemoryConfig(policy="random", recent_ratio="0.3", conserve_ratio="0.5"),
+    "merge": MemoryConfig(policy="merge", bank_frames=2),
 }
 
 
@@ -30,7 +32,8 @@ def quick(compiled_once):
 
 @pytest.fixture(scope="module")
 def params():
-    return fresh_params(CONFIG, abstract_params(CONFIG, ((".*", 1.0),), make_mesh()), 1)
+    abstract = abstract_params(CONFIG, ((".*", 1.0),), make_mesh())
+    return merge_params(fresh_params(CONFIG, abstract, 1), {})
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +113,7 @@ def test_policies_keep_what_they_promise(make):
     session = answerer.start([QUESTION], np.array([6]), np.zeros(1, np.uint32))
     answerer.observe(session, frames(1, 6), np.ones((1, 6), bool))
     kept = {name: int(state.memory.length.max()) for name, state in session.states.items()}
-    assert kept["full"] == 30 and kept["adacm2"] == kept["random"] <= 9
+    assert kept["full"] == 30 and kept["merge"] == 10 and kept["adacm2"] == kept["random"] <= 9
     assert set(session.seconds) == set(MEMORIES) and min(session.seconds.values()) > 0
 
 

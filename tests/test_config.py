@@ -80,7 +80,8 @@ REFUSED = {
     "dropout": (lambda: QFormerConfig(dropout=1.0), "qformer.dropout [0, 1) 1.0"),
     "grouping": (lambda: LlamaConfig(num_kv_heads=5), "llm.num_kv_heads 5 llm.num_heads 32"),
     "rotary": (lambda: LlamaConfig(width=96, num_heads=32), "llm.width llm.num_heads even 3"),
-    "dtype": (lambda: tiny(dtype="float16"), "dtype 'float16' float32 bfloat16"),
+    "dtype": (lambda: tiny(dtype="float64"), "dtype 'float64' float32 bfloat16 float16"),
+    "qformer dtype": (lambda: tiny(qformer_dtype="half"), "qformer_dtype 'half' float32 float16"),
     "no table": (lambda: tiny(temporal_positions=0), "temporal_positions 0 at least 1"),
     "long question": (
         lambda: tiny(max_text_len=65),
@@ -119,8 +120,9 @@ def test_what_cannot_be_is_refused_in_one_line_with_field_value_and_remedy(case)
         instructblip_vicuna_7b(dtype="bfloat16", ln_vision_eps=1e-5, memory=memory_preset("eq6")),
         tiny(memory=MemoryConfig(recent_ratio=("0.1", 0.2), conserve_ratio=0)),
         tiny(memory=MemoryConfig("budget", capacity=40, score_rows="query+text")),
+        tiny(dtype="float16", qformer_dtype="float32"),
     ],
-    ids=["tiny", "full size", "per layer", "budget"],
+    ids=["tiny", "full size", "per layer", "budget", "as LAVIS evaluates"],
 )
 def test_configurations_survive_json(config):
     text = json.dumps(to_dict(config))

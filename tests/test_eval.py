@@ -18,7 +18,7 @@ from tests.data.make_videos import (
 )
 from tests.small import QUESTION, error_line, quick_compilation, run_process, run_script
 
-POLICIES = ("adacm2", "full", "recent", "uniform", "random")
+POLICIES = ("adacm2", "full", "recent", "uniform", "random", "merge")
 
 
 def predictions_in(directory) -> list[dict]:
@@ -72,6 +72,7 @@ def test_policies_in_one_pass_equal_each_alone(run, tmp_path):
     config, params, processor = run
     config = config.copy_and_resolve_references()
     config.eval.policies, config.generation.temperature = POLICIES, 1.0
+    config.model.memory.bank_frames = 2
     together = evaluation.evaluate(config, params, processor, tmp_path / "together")
     rows = predictions_in(tmp_path / "together")
     assert set(together["policies"]) == set(POLICIES) and len(rows) == 12 * len(POLICIES)
@@ -317,6 +318,7 @@ def test_a_truncated_mp4_is_found_by_its_index(small_run, tmp_path, no_parameter
         (["--config.eval.chunk=one"], ["eval.chunk", "one"]),
         (["--config.eval.split=holdout"], ["holdout", "test"]),
         (["--config.data.on_truncated=maybe"], ["on_truncated", "maybe"]),
+        (["--config.data.resize=nearest"], ["data.resize", "nearest", "clean or ma_lmm"]),
         (["--video=clip.mp4"], ["--video", "--question"]),
         (["--question=why?"], ["--video", "--question"]),
         (["--colour=red"], ["colour"]),

@@ -57,6 +57,11 @@ IMPORT_RULES = {
         ),
     ),
     "memory is plain jnp": ("adacm2_jax/memory.py", None, ("flax.linen", "flax.nnx")),
+    "merge is plain jnp too": (
+        "adacm2_jax/merge.py",
+        None,
+        ("adacm2_jax.models", "flax.linen", "flax.nnx"),
+    ),
     "policies know no model": (
         "adacm2_jax/policies.py",
         None,

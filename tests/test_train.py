@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 
 import eval as evaluation
+import train
 from adacm2_jax.checkpoint import Checkpoints, read_config, restore_params, saved_steps
 from adacm2_jax.config import from_dict
-from adacm2_jax.optim import split_params
+from adacm2_jax.optim import merge_params, split_params
 from adacm2_jax.params import abstract_params, fresh_params
 from adacm2_jax.sharding import make_mesh
 from adacm2_jax.train_step import TrainState
 from benchmarks.check_kill import differences, signal_at_step, start
+from data.resize import ma_lmm
+from data.video import read_clip
 from tests.data.make_videos import encode, numbered_frames
 from tests.small import (
     STEPS,
@@ -47,7 +50,7 @@ def learned_of(workdir) -> dict:
     abstract = abstract_params(
         from_dict(config.model.to_dict()), config.optim.groups, make_mesh((-1, 1))
     )
-    params = restore_params(workdir, abstract)
+    params = merge_params(restore_params(workdir, abstract), {})
     return {
         name: np.asarray(leaf) for name, leaf in split_params(params, ((".*", 1.0),))[0].items()
     }
@@ -91,7 +94,9 @@ def test_frozen_groups_keep_their_values_and_are_not_in_the_steps(small_run):
     config = get_config()
     model = from_dict(config.model.to_dict())
     abstract = abstract_params(model, config.optim.groups, make_mesh((-1, 1)))
-    _, fresh = split_params(fresh_params(model, abstract, config.seed), config.optim.groups)
+    _, fresh = split_params(
+        merge_params(fresh_params(model, abstract, config.seed), {}), config.optim.groups
+    )
     kept = learned_of(small_run)
     assert fresh and all(name.startswith("vision/") for name in fresh)
     for name, leaf in fresh.items():
@@ -204,7 +209,7 @@ def test_a_damaged_parameter_is_named(small_run, data_dir, tmp_path, capsys):
     config = get_config()
     groups = config.optim.groups
     abstract = abstract_params(from_dict(config.model.to_dict()), groups, make_mesh((-1, 1)))
-    learned, frozen = split_params(restore_params(small_run, abstract), groups)
+    learned, frozen = split_params(merge_params(restore_params(small_run, abstract), {}), groups)
     name = "qformer/query_tokens"
     learned[name] = learned[name].at[(0,) * learned[name].ndim].set(np.inf)
     shutil.copytree(small_run, tmp_path / "bad", ignore=shutil.ignore_patterns("checkpoints"))
@@ -345,3 +350,17 @@ def test_wrong_lines_are_found_before_anything_is_decoded(
     line = error_line(capsys)
     for word in words:
         assert word in line, line
+
+
+def test_training_and_evaluation_resize_frames_as_the_experiment_says(tmp_path):
+    encode(tmp_path / "clip.mp4", numbered_frames(4), fps=4)
+    config = get_config()
+    config.data.jitter, config.data.resize = False, "ma_lmm"
+    sampling = evaluation.make_sampling(config.data.sampling)
+    native = read_clip(tmp_path / "clip.mp4", sampling, size=64)
+    expected = [ma_lmm(frame, 28) for frame in native]
+    row = evaluation.open_one(config, str(tmp_path / "clip.mp4"))
+    np.testing.assert_array_equal(np.concatenate([c.frames for c in row.chunks]), expected)
+    load = train.make_load(config, from_dict(config.model.to_dict()))
+    clip = load.random_map((0, row.example), np.random.default_rng(0))
+    np.testing.assert_array_equal(clip["frames"], expected)

@@ -16,7 +16,7 @@ row beside its video: many questions about one video share ``encode_frames``.
 """
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -25,8 +25,10 @@ from flax import struct
 
 from adacm2_jax.config import AdaCM2Config
 from adacm2_jax.memory import Retention, VideoMemory, init_memory
+from adacm2_jax.merge import MergeMemory, init_bank
 from adacm2_jax.models.layers import ZEROS, Dense, LayerNorm, param
 from adacm2_jax.models.llama import KVCache, Llama, init_cache
+from adacm2_jax.models.merging import MergingQFormer
 from adacm2_jax.models.qformer import Frames, QFormer, absorb
 from adacm2_jax.models.vit import VisionTransformer
 from adacm2_jax.policies import RetentionPlan, retention_plan
@@ -39,8 +41,8 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 class StreamState(struct.PyTreeNode):
     """What is known of B videos (each with its question) after the frames seen so far."""
 
-    #: leaves [L, B, …]: the memory of every cross-attention layer.
-    memory: VideoMemory
+    #: leaves [L, B, …]: the memory of every cross-attention layer; under policy merge the banks.
+    memory: VideoMemory | MergeMemory
     #: [B, N, E]: the query rows after the last valid frame (zeros before the first).
     queries: jax.Array
     #: int32[B]: valid frames seen.
@@ -72,6 +74,12 @@ def plan_for(config: AdaCM2Config) -> RetentionPlan:
     )
 
 
+def check_memory(config: AdaCM2Config) -> None:
+    """Raises ``UserError`` if the memory has no bound or does not fit the model."""
+    if config.memory.policy != "merge":
+        plan_for(config)
+
+
 def init_state(
     config: AdaCM2Config, total_frames: jax.Array, seed: jax.Array | None = None
 ) -> StreamState:
@@ -82,20 +90,34 @@ def init_state(
       total_frames: int32[B], frames that each video will have, or 0 for an open-ended stream.
       seed: uint32[B] for the random policy; zeros by default.
     """
-    q, dtype = config.qformer, jnp.dtype(config.dtype)
+    q, dtype = config.qformer, jnp.dtype(config.memory_dtype)
     batch = total_frames.shape[0]
-    tokens = config.vision.tokens_per_frame
-    layer = init_memory(
-        batch, q.num_heads, q.width // q.num_heads, plan_for(config).capacity, tokens, dtype
-    )
+    empty = _empty_banks if config.memory.policy == "merge" else _empty_slots
     return StreamState(
-        memory=jax.tree.map(
-            lambda leaf: jnp.broadcast_to(leaf, (q.num_cross_layers,) + leaf.shape), layer
-        ),
+        memory=empty(config, batch),
         queries=jnp.zeros((batch, q.num_queries, q.width), dtype),
         frames_seen=jnp.zeros((batch,), jnp.int32),
         total_frames=jnp.asarray(total_frames, jnp.int32),
         seed=jnp.zeros((batch,), jnp.uint32) if seed is None else jnp.asarray(seed, jnp.uint32),
+    )
+
+
+def _empty_slots(config: AdaCM2Config, batch: int) -> VideoMemory:
+    q, tokens = config.qformer, config.vision.tokens_per_frame
+    head_dim, dtype = q.width // q.num_heads, jnp.dtype(config.memory_dtype)
+    layer = init_memory(batch, q.num_heads, head_dim, plan_for(config).capacity, tokens, dtype)
+    return jax.tree.map(
+        lambda leaf: jnp.broadcast_to(leaf, (q.num_cross_layers,) + leaf.shape), layer
+    )
+
+
+def _empty_banks(config: AdaCM2Config, batch: int) -> MergeMemory:
+    q, vision, frames = config.qformer, config.vision, config.memory.bank_frames
+    layers = (q.num_cross_layers, q.cross_attention_every)
+    rows = q.num_queries + config.max_text_len
+    return MergeMemory(
+        visual=init_bank((batch,), frames, vision.tokens_per_frame, vision.width),
+        hidden=init_bank((*layers, batch), frames, rows, q.width),
     )
 
 
@@ -125,12 +147,16 @@ class AdaCM2(nn.Module):
             (c.temporal_positions, c.vision.width),
             ("frame", "vision"),
         )
-        self.qformer = QFormer(c.qformer, c.vision.width, c.memory.score_rows, c.remat)
+        # Both have the same parameters: a checkpoint works with every policy.
+        if c.memory.policy == "merge":
+            self.qformer: Any = MergingQFormer(c.qformer, c.vision.width, c.remat)
+        else:
+            self.qformer = QFormer(c.qformer, c.vision.width, c.memory.score_rows, c.remat)
         self.language_projection = Dense((c.qformer.width, c.llm.width), ("embed", "llm_embed"))
         self.llm = Llama(c.llm, c.remat)
 
     def encode_frames(self, frames: jax.Array) -> jax.Array:
-        """The ViT on a chunk: uint8[B, F, height, width, 3] → [B, F, P, V]."""
+        """The ViT on a chunk: uint8[B, F, height, width, 3] → float32[B, F, P, V]."""
         pixels = frames.astype(jnp.float32) / 255
         pixels = (pixels - jnp.asarray(PIXEL_MEAN)) / jnp.asarray(PIXEL_STD)
         flat = pixels.reshape((-1,) + frames.shape[2:]).astype(self.config.dtype)
@@ -161,28 +187,26 @@ class AdaCM2(nn.Module):
         index = state.frames_seen[:, None] + jnp.cumsum(valid, axis=1) - 1
         index = jnp.maximum(index, 0).astype(jnp.int32)
         position = temporal_position(index, state.total_frames[:, None], c.temporal_positions)
-        features = self.ln_vision(features)
-        features = features + self._temporal(position[::share]).astype(features.dtype)[:, :, None]
-        key, value = (jnp.repeat(kv, share, axis=2) for kv in self.qformer.project(features))
-        frames = Frames(key, value, index.T, valid.T)
-        memory, retention = state.memory, self._retention(state.seed)
+        features = self.ln_vision(features.astype(jnp.float32))
+        features = features + self._temporal(position[::share])[:, :, None]
+        features = features.astype(c.memory_dtype)
         last = jnp.max(jnp.where(valid, jnp.arange(valid.shape[1]), -1), axis=1)
         seen, last = last >= 0, jnp.maximum(last, 0)
-        if not retention.reads_attention:
-            # The frames before the last one matter by their tokens alone: no query need read them.
-            before = frames.valid & (jnp.arange(valid.shape[1])[:, None] != last)
-            memory = absorb(memory, retention, frames.replace(valid=before))
-            frames = frames.only(last)
-            last = jnp.zeros_like(last)
-        queries, memory = self.qformer(
-            question.qformer_ids,
-            question.qformer_mask,
-            frames,
-            memory,
-            retention,
-            deterministic,
-        )
-        newest = jnp.take_along_axis(queries, last[:, None, None, None], axis=1)[:, 0]
+        text = question.qformer_ids, question.qformer_mask
+        if c.memory.policy == "merge":
+            newest, memory = self.qformer(*text, features, valid, last, state.memory, deterministic)
+        else:
+            key, value = (jnp.repeat(kv, share, axis=2) for kv in self.qformer.project(features))
+            frames = Frames(key, value, index.T, valid.T)
+            memory, retention = cast(VideoMemory, state.memory), self._retention(state.seed)
+            if not retention.reads_attention:
+                # The frames before the last one matter by their tokens alone: no query reads them.
+                before = frames.valid & (jnp.arange(valid.shape[1])[:, None] != last)
+                memory = absorb(memory, retention, frames.replace(valid=before))
+                frames = frames.only(last)
+                last = jnp.zeros_like(last)
+            queries, memory = self.qformer(*text, frames, memory, retention, deterministic)
+            newest = jnp.take_along_axis(queries, last[:, None, None, None], axis=1)[:, 0]
         return state.replace(
             memory=memory,
             queries=jnp.where(seen[:, None, None], newest, state.queries),
@@ -190,8 +214,8 @@ class AdaCM2(nn.Module):
         )
 
     def visual_tokens(self, state: StreamState) -> jax.Array:
-        """The N tokens that stand for the video in the prompt, [B, N, W]."""
-        return self.language_projection(state.queries)
+        """The N tokens that stand for the video in the prompt, [B, N, W] in the LLM's dtype."""
+        return self.language_projection(state.queries).astype(self.config.dtype)
 
     def answer_loss(
         self, state: StreamState, question: Question, targets: jax.Array

@@ -73,25 +73,48 @@ class FrameProjection(nn.Module):
     config: QFormerConfig
     vision_width: int
 
-    @nn.compact
-    def __call__(self, features: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """[B, F, P, V] → twice [L, F, B, H, P, D]."""
+    def setup(self):
         c = self.config
         shape = (c.num_cross_layers, self.vision_width, c.num_heads, c.width // c.num_heads)
         axes = ("layers", "vision", "heads", "head_dim")
 
-        def project(name):
+        def declare(name):
             kernel = param(self, f"{name}_kernel", fan_in(stacked=True), shape, axes)
             bias = param(self, f"{name}_bias", ZEROS, shape[:1] + shape[2:], axes[:1] + axes[2:])
+            return kernel, bias
 
-            def layer(weights):
-                kernel, bias = (weight.astype(features.dtype) for weight in weights)
-                return (jnp.tensordot(features, kernel, 1) + bias).transpose(1, 0, 3, 2, 4)
+        self.to_key, self.to_value = declare("key"), declare("value")
 
-            # Layer by layer: a product over all layers at once would have its weights transposed.
-            return jax.lax.map(layer, (kernel, bias))
+    def __call__(self, features: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[B, F, P, V] → twice [L, F, B, H, P, D]."""
 
-        return project("key"), project("value")
+        def layer(weights):
+            return project_frames(features, weights).transpose(1, 0, 3, 2, 4)
+
+        # Layer by layer: a product over all layers at once would have its weights transposed.
+        return jax.lax.map(layer, self.to_key), jax.lax.map(layer, self.to_value)
+
+    def weights(self) -> tuple[tuple[jax.Array, jax.Array], ...]:
+        """The kernel [L, V, H, D] and bias [L, H, D] of the keys, and those of the values."""
+        return self.to_key, self.to_value
+
+
+def project_frames(features: jax.Array, weights: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Keys or values of one layer, [… , V] → [… , H, D], by its kernel and bias."""
+    kernel, bias = (weight.astype(features.dtype) for weight in weights)
+    return jnp.tensordot(features, kernel, 1) + bias
+
+
+def attention_output(
+    config: QFormerConfig, dropout: nn.Dropout, rows: jax.Array, attended: jax.Array
+) -> jax.Array:
+    """How every attention ends: [… , H, D] → [… , E], dropout, residual ``rows`` and norm.
+
+    The parameters belong to the module that calls it.
+    """
+    shape = (config.num_heads, config.width // config.num_heads, config.width)
+    y = Dense(shape, ("heads", "head_dim", "embed"), num_inputs=2, name="out")(attended)
+    return LayerNorm(config.layer_norm_eps, "embed", name="norm")(rows + dropout(y))
 
 
 class SelfAttention(nn.Module):
@@ -99,16 +122,22 @@ class SelfAttention(nn.Module):
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """Joint attention over [B·F, N + R, E] with its output projection, residual and norm."""
+    def __call__(
+        self, x: jax.Array, mask: jax.Array, context: jax.Array | None = None
+    ) -> jax.Array:
+        """Joint attention over [B·F, N + R, E] with its output projection, residual and norm.
+
+        The rows attend to each other, or to ``context`` [B·F, K, E] where that is given.
+        """
         c = self.config
         shape = (c.width, c.num_heads, c.width // c.num_heads)
         axes = ("embed", "heads", "head_dim")
-        query, key, value = (Dense(shape, axes, name=n)(x) for n in ("query", "key", "value"))
+        context = x if context is None else context
+        query = Dense(shape, axes, name="query")(x)
+        key, value = (Dense(shape, axes, name=n)(context) for n in ("key", "value"))
         dropout = nn.Dropout(c.dropout, deterministic=self.deterministic)
         y = attention(query, key, value, mask, dropout)
-        y = Dense(shape[1:] + shape[:1], axes[1:] + axes[:1], num_inputs=2, name="out")(y)
-        return LayerNorm(c.layer_norm_eps, "embed", name="norm")(x + dropout(y))
+        return attention_output(c, dropout, x, y)
 
 
 class CrossAttention(nn.Module):
@@ -155,9 +184,8 @@ class CrossAttention(nn.Module):
             dropout=dropout,
         )
         attended = attended.transpose(1, 0, 3, 2, 4)  # [F, B, H, N, D] → [B, F, N, H, D]
-        y = Dense(shape[1:] + shape[:1], axes[1:] + axes[:1], num_inputs=2, name="out")(attended)
-        y = nn.Dropout(c.dropout, deterministic=self.deterministic)(y)
-        return LayerNorm(c.layer_norm_eps, "embed", name="norm")(queries + y), memory
+        hidden_dropout = nn.Dropout(c.dropout, deterministic=self.deterministic)
+        return attention_output(c, hidden_dropout, queries, attended), memory
 
 
 class FeedForward(nn.Module):
@@ -206,6 +234,26 @@ class Group(nn.Module):
         return x, memory
 
 
+def input_rows(
+    module: nn.Module, config: QFormerConfig, text_ids: jax.Array, dtype, deterministic: bool
+) -> jax.Array:
+    """What the first layer reads at every frame: int32[B, R] → [B, N + R, E], queries first.
+
+    The parameters belong to ``module``, which calls it.
+    """
+    c = config
+    words = param(module, "word_embed", embedding, (c.vocab_size, c.width), ("vocab", "embed"))
+    places = param(module, "pos_embed", embedding, (c.max_positions, c.width), ("token", "embed"))
+    tokens = param(
+        module, "query_tokens", embedding, (1, c.num_queries, c.width), ("one", "query", "embed")
+    )
+    text = words[text_ids] + places[: text_ids.shape[1]]
+    queries = jnp.broadcast_to(tokens, text_ids.shape[:1] + tokens.shape[1:])
+    x = jnp.concatenate([queries, text], axis=1)
+    x = LayerNorm(c.layer_norm_eps, "embed", name="norm")(x.astype(dtype))
+    return nn.Dropout(c.dropout, deterministic=deterministic)(x)
+
+
 class QFormer(nn.Module):
     """Reads a chunk of frames; see the file's head for the order of computation.
 
@@ -250,15 +298,7 @@ class QFormer(nn.Module):
         """
         c = self.config
         batch, num_frames = text_ids.shape[0], frames.index.shape[0]
-        words = param(self, "word_embed", embedding, (c.vocab_size, c.width), ("vocab", "embed"))
-        places = param(self, "pos_embed", embedding, (c.max_positions, c.width), ("token", "embed"))
-        tokens = param(
-            self, "query_tokens", embedding, (1, c.num_queries, c.width), ("one", "query", "embed")
-        )
-        text = words[text_ids] + places[: text_ids.shape[1]]
-        x = jnp.concatenate([jnp.broadcast_to(tokens, (batch,) + tokens.shape[1:]), text], axis=1)
-        x = LayerNorm(c.layer_norm_eps, "embed", name="norm")(x.astype(frames.key.dtype))
-        x = nn.Dropout(c.dropout, deterministic=deterministic)(x)
+        x = input_rows(self, c, text_ids, frames.key.dtype, deterministic)
         x = jnp.broadcast_to(x[:, None], (batch, num_frames) + x.shape[1:])
         groups = nn.scan(
             rematerialised(Group, self.remat),

@@ -2,7 +2,12 @@
 
 Pre-norm blocks with LayerNorm epsilon 1e-6, exact GELU, no bias on the attention keys, no layer
 scale; no norm, pooling or head after the last block: all tokens are returned, CLS first.
+
+Matrix products are computed in the dtype of the pixels, the residual stream in float32: as LAVIS
+under autocast, where what 39 blocks add is not rounded away in half precision.
 """
+
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -21,28 +26,31 @@ from adacm2_jax.models.layers import (
 
 
 class Block(nn.Module):
+    """A pre-norm block on float32[B, P, V], with matrix products in ``dtype``."""
+
     config: VisionConfig
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, _) -> tuple[jax.Array, None]:
         c = self.config
         shape = (c.width, c.num_heads, c.width // c.num_heads)
         axes = ("vision", "heads", "head_dim")
-        y = LayerNorm(c.layer_norm_eps, "vision", name="norm1")(x)
+        y = LayerNorm(c.layer_norm_eps, "vision", name="norm1")(x).astype(self.dtype)
         query = Dense(shape, axes, name="query")(y)
         key = Dense(shape, axes, use_bias=False, name="key")(y)
         value = Dense(shape, axes, name="value")(y)
         y = attention(query, key, value)
         x = x + Dense(shape[1:] + shape[:1], axes[1:] + axes[:1], num_inputs=2, name="out")(y)
-        y = LayerNorm(c.layer_norm_eps, "vision", name="norm2")(x)
+        y = LayerNorm(c.layer_norm_eps, "vision", name="norm2")(x).astype(self.dtype)
         return x + Mlp(c.width, c.mlp_width, "vision", name="mlp")(y), None
 
 
 class VisionTransformer(nn.Module):
     """Frames to visual tokens.
 
-    Called with ``[B, height, width, 3]`` normalised pixels, returns ``[B, P, V]``. For example, at
-    full size ``[8, 224, 224, 3] → [8, 257, 1408]``: 16 × 16 patches and CLS.
+    Called with ``[B, height, width, 3]`` normalised pixels, returns ``float32[B, P, V]``. At full
+    size, for example, ``[8, 224, 224, 3] → [8, 257, 1408]``: 16 × 16 patches and CLS.
     """
 
     config: VisionConfig
@@ -57,7 +65,7 @@ class VisionTransformer(nn.Module):
         embed = Dense(
             (size, size, 3, c.width), ("patch", "patch", "rgb", "vision"), 3, name="patch_embed"
         )
-        x = embed(patches.reshape(batch, side * side, size, size, 3))
+        x = embed(patches.reshape(batch, side * side, size, size, 3)).astype(jnp.float32)
         cls = param(self, "cls_token", embedding, (1, 1, c.width), ("one", "one", "vision"))
         cls = jnp.broadcast_to(cls.astype(x.dtype), (batch, 1, c.width))
         x = jnp.concatenate([cls, x], axis=1)
@@ -76,4 +84,4 @@ class VisionTransformer(nn.Module):
             length=c.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        return blocks(c, name="blocks")(x, None)[0]
+        return blocks(c, pixels.dtype, name="blocks")(x, None)[0]

@@ -64,7 +64,8 @@ def test_another_source_or_another_way_of_reading_is_decoded_anew(source, tmp_pa
     changed.version = "2"
     cached_clips(changed, LOAD, tmp_path)
     cached_clips(source, dataclasses.replace(LOAD, size=8), tmp_path)
-    assert len(list(tmp_path.iterdir())) == 3
+    cached_clips(source, dataclasses.replace(LOAD, resize="ma_lmm"), tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_a_cache_travels_to_another_process_without_its_arrays(source, tmp_path):

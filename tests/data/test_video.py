@@ -213,7 +213,9 @@ def test_unusable_sources_are_named_with_a_remedy(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"on_truncated": "maybe"}, {"size": 0}, {"chunk": 0}], ids=lambda o: next(iter(o))
+    "options",
+    [{"on_truncated": "maybe"}, {"resize": "nearest"}, {"size": 0}, {"chunk": 0}],
+    ids=lambda o: next(iter(o)),
 )
 def test_impossible_options_are_refused(options):
     data = encode(None, numbered_frames(3))

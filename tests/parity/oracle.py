@@ -1,4 +1,10 @@
-"""Hugging Face models of the sizes of our configurations, with random weights that hide nothing."""
+"""Hugging Face models of the sizes of our configurations, with random weights that hide nothing.
+
+Works with transformers 4.57 and 5: what the two call differently is settled here.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
@@ -69,7 +75,7 @@ def llama_config(config: LlamaConfig) -> transformers.LlamaConfig:
         num_key_value_heads=config.num_kv_heads,
         intermediate_size=config.mlp_width,
         rms_norm_eps=config.rms_norm_eps,
-        rope_parameters=dict(rope_type="default", rope_theta=config.rope_theta),
+        rope_theta=config.rope_theta,  # transformers 5 moves it to rope_parameters
         max_position_embeddings=config.max_positions,
         tie_word_embeddings=config.tie_embeddings,
     )
@@ -108,6 +114,48 @@ def pixels(frames: np.ndarray) -> torch.Tensor:
     scaled = frames.astype(np.float32) / 255
     normal = (scaled - np.float32(PIXEL_MEAN)) / np.float32(PIXEL_STD)
     return torch.from_numpy(np.moveaxis(normal, -1, -3).copy())
+
+
+def visual_tokens(model, **inputs) -> torch.Tensor:
+    """The projected tokens of an image or a video."""
+    kind = "video" if hasattr(model, "get_video_features") else "image"
+    output = getattr(model, f"get_{kind}_features")(**inputs)
+    return getattr(output, "pooler_output", output)  # 4.57 returns the tokens themselves
+
+
+def first(output) -> torch.Tensor:
+    """What a layer computes: all of its output in transformers 5, the first of a tuple in 4.57."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextlib.contextmanager
+def outputs_of(layers: Iterable[torch.nn.Module]) -> Iterator[list[torch.Tensor]]:
+    """What these layers compute, call by call, while the context is open."""
+    found: list[torch.Tensor] = []
+    hooks = [
+        layer.register_forward_hook(lambda _, __, output: found.append(first(output)))
+        for layer in layers
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def qformer(model, ids, mask, features):
+    """Query rows; the rows after every layer; the probabilities of every layer that reads."""
+    batch, num_queries = len(features), model.query_tokens.shape[1]
+    mask = np.concatenate([np.ones((batch, num_queries), bool), mask], axis=1)
+    with outputs_of(model.qformer.encoder.layer) as layers:
+        output = model.qformer(
+            input_ids=torch.from_numpy(ids).long() if ids.shape[1] else None,
+            attention_mask=torch.from_numpy(mask).long(),
+            query_embeds=model.query_tokens.expand(batch, -1, -1),
+            encoder_hidden_states=torch.as_tensor(features),
+            output_attentions=True,
+        )
+    return output.last_hidden_state[:, :num_queries], layers, output.cross_attentions
 
 
 def error(ours: jax.Array, oracle: torch.Tensor) -> float:

@@ -83,7 +83,7 @@ class TorchStream:
         attended_to = torch.cat([torch.ones(count, dtype=torch.bool), self.mask])
         mask = torch.zeros(len(attended_to)).masked_fill(~attended_to, -torch.inf)
         for layer in model.qformer.encoder.layer:
-            rows = layer.attention(rows, attention_mask=mask)
+            rows = oracle.first(layer.attention(rows, attention_mask=mask))
             queries, text = rows[:, :count], rows[:, count:]
             if layer.has_cross_attention:
                 index = self.readers.index(layer)

@@ -1,0 +1,183 @@
+"""The Q-Former over MA-LMM's banks (``merge.py``): policy ``merge``.
+
+The same layers with the same parameters as in ``qformer.py``, so a checkpoint works with every
+policy. What differs is what they read. A cross-attention layer projects the whole visual bank, the
+new frame included, to keys and values; that is done anew for every frame, as its entries change.
+The rows of a self-attention layer attend to all that its own bank holds, which is what came into
+the layer at earlier frames and the rows themselves.
+
+Frames are walked one by one with all layers inside, as MA-LMM does, since every frame changes what
+the layers project. Nothing of the frames before the last one is kept for the backward pass: banks
+are constants to what follows, and of the query rows only those of the last frame are wanted.
+
+Axes: as in ``qformer.py``; k questions of a video, M frames of a bank, G layers of a group.
+"""
+
+import operator
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from adacm2_jax.config import QFormerConfig
+from adacm2_jax.errors import UserError
+from adacm2_jax.merge import MergeBank, MergeMemory, append, live, merge
+from adacm2_jax.models.layers import Dense, attention, rematerialised
+from adacm2_jax.models.qformer import (
+    FeedForward,
+    FrameProjection,
+    SelfAttention,
+    attention_output,
+    input_rows,
+    project_frames,
+)
+
+
+class BankAttention(nn.Module):
+    """Cross-attention, with the parameters of ``CrossAttention``, to keys and values at hand."""
+
+    config: QFormerConfig
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, queries, key, value, mask) -> jax.Array:
+        """[B, Q, E] reads [B, K, H, D] where ``mask`` bool[B, K] is true; returns [B, Q, E]."""
+        c = self.config
+        shape = (c.width, c.num_heads, c.width // c.num_heads)
+        query = Dense(shape, ("embed", "heads", "head_dim"), name="query")(queries)
+        dropout = nn.Dropout(c.dropout, deterministic=self.deterministic)
+        y = attention(query, key, value, mask[:, None, None], dropout)
+        return attention_output(c, dropout, queries, y)
+
+
+class MergingGroup(nn.Module):
+    """``Group`` for one frame: a layer with cross-attention and the plain ones up to the next."""
+
+    config: QFormerConfig
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x, given, inputs):
+        """Carries x [B, N + R, E] and returns the group's banks after the frame.
+
+        ``given``: bool[B, N + R], the rows that are real; bool[B], whether the frame is; the visual
+        bank of B / k videos with the frame in it. ``inputs``: the group's banks, leaves [G, B, …],
+        and its projections to keys and to values.
+        """
+        c = self.config
+        real, valid, visual = given
+        banks, projections = inputs
+        after = []
+        for i in range(c.cross_attention_every):
+            bank = append(jax.tree.map(operator.itemgetter(i), banks), x, valid)
+            after.append(merge(bank))
+            mask = (live(bank)[:, :, None] & real[:, None]).reshape(len(x), -1)
+            attend = SelfAttention(c, self.deterministic, name=f"self_attention_{i}")
+            x = attend(x, mask[:, None, None], _rows(bank, x.dtype))
+            queries, text = x[:, : c.num_queries], x[:, c.num_queries :]
+            if i == 0:
+                seen = _rows(visual, x.dtype)
+                key, value = (project_frames(seen, weights) for weights in projections)
+                read = BankAttention(c, self.deterministic, name="cross_attention")
+                # The queries of a video's k questions read the same keys: so many rows more.
+                together = queries.reshape(len(seen), -1, c.width)
+                mask = jnp.repeat(live(visual), visual.sizes.shape[-1], axis=1)
+                queries = read(together, key, value, mask).reshape(queries.shape)
+            queries = FeedForward(c, self.deterministic, name=f"query_ffn_{i}")(queries)
+            text = FeedForward(c, self.deterministic, name=f"text_ffn_{i}")(text)
+            x = jnp.concatenate([queries, text], axis=1)
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *after)
+
+
+class MergingQFormer(nn.Module):
+    """Reads a chunk of frames, one after the other."""
+
+    config: QFormerConfig
+    vision_width: int
+    remat: bool = True
+
+    def setup(self):
+        self.frame_projection = FrameProjection(self.config, self.vision_width)
+
+    @nn.compact
+    def __call__(
+        self,
+        text_ids: jax.Array,
+        text_mask: jax.Array,
+        features: jax.Array,
+        valid: jax.Array,
+        last: jax.Array,
+        memory: MergeMemory,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, MergeMemory]:
+        """Attends to a chunk and updates the banks.
+
+        Args:
+          text_ids: int32[B, R], the question; it is padded to the places that the banks have.
+          text_mask: bool[B, R], false on padding.
+          features: [B / k, F, P, V], with the temporal embedding; row b belongs to video b // k.
+          valid: bool[B, F], false where a frame is padding.
+          last: int32[B], the place of the last frame that is none (0 where all are).
+          memory: before the chunk.
+          deterministic: false switches dropout on (needs the rng ``dropout``).
+
+        Returns:
+          The query rows after frame ``last``, [B, N, E], of no meaning where it is padding, and the
+          memory.
+        """
+        c = self.config
+        share = len(text_ids) // len(features)
+        places = memory.hidden.sizes.shape[-1] - c.num_queries
+        if text_ids.shape[1] > places:
+            raise UserError(
+                f"a question of {text_ids.shape[1]} tokens does not fit the banks of policy "
+                f"'merge', which hold {places} (max_text_len); raise it, or shorten the question"
+            )
+        padding = ((0, 0), (0, places - text_ids.shape[1]))
+        text_ids, text_mask = jnp.pad(text_ids, padding), jnp.pad(text_mask, padding)
+        x = input_rows(self, c, text_ids, features.dtype, deterministic)
+        queries_real = jnp.ones((len(x), c.num_queries), bool)
+        real = jnp.concatenate([queries_real, text_mask], axis=1)
+        projections = self.frame_projection.weights()
+        groups = nn.scan(
+            rematerialised(MergingGroup, self.remat),
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(nn.broadcast, 0),
+            length=c.num_cross_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c, deterministic, name="groups")
+
+        def watch(groups, memory, frame, valid):
+            """One frame, [B / k, P, V]: the memory after it, and its query rows."""
+            visual = append(memory.visual, frame, valid[::share])
+            rows, hidden = groups(x, (real, valid, visual), (memory.hidden, projections))
+            return MergeMemory(merge(visual), hidden), rows[:, : c.num_queries]
+
+        def pass_by(groups, memory, frame, valid):
+            return watch(groups, memory, frame, valid)[0], None
+
+        # The k rows of a video hold the same visual bank: one of them stands for all.
+        memory = memory.replace(visual=jax.tree.map(lambda leaf: leaf[::share], memory.visual))
+        count = valid.shape[1]
+        if count > 1:
+            before = valid & (jnp.arange(count) < last[:, None])
+            walk = nn.scan(
+                pass_by,
+                variable_broadcast="params",
+                split_rngs={"params": False, "dropout": True},
+                in_axes=1,
+            )
+            # In the last place of a chunk no frame comes before the last one.
+            memory, _ = walk(groups, memory, features[:, :-1], before[:, :-1])
+        newest = jnp.take_along_axis(features, last[::share, None, None, None], axis=1)[:, 0]
+        valid = jnp.take_along_axis(valid, last[:, None], axis=1)[:, 0]
+        memory, queries = watch(groups, memory, newest, valid)
+        visual = jax.tree.map(lambda leaf: jnp.repeat(leaf, share, axis=0), memory.visual)
+        return queries, memory.replace(visual=visual)
+
+
+def _rows(bank: MergeBank, dtype) -> jax.Array:
+    """All places of a bank in a row, [B, (M + 1)·R, W], in the type that the layers compute in."""
+    entries = bank.entries
+    return entries.reshape(len(entries), -1, entries.shape[-1]).astype(dtype)

@@ -1,0 +1,132 @@
+"""Converts checkpoints.
+
+    python -m adacm2_jax.port import --src instructblip-vicuna-7b --dst weights [--verify]
+    python -m adacm2_jax.port import --src eva_vit_g.pth instruct_blip_vicuna7b_trimmed.pth
+        vicuna-7b-v1.1 --bert bert-base-uncased --dst weights
+    python -m adacm2_jax.port import --src instructblip-vicuna-7b checkpoint_best.pth --dst weights
+    python -m adacm2_jax.port export --src weights --dst instructblip --format hf|lavis
+
+Several paths after --src are laid over each other, the last on top. See docs/porting.md.
+"""
+
+import argparse
+import contextlib
+import logging
+import signal
+import sys
+import traceback
+
+from adacm2_jax.errors import UserError
+
+
+def main(argv: list[str]) -> int:
+    args = parse(argv)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax speaks of its own affairs
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing half-written stays
+    try:
+        return run(args)
+    except UserError as error:
+        if args.debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m adacm2_jax.port",
+        description="PyTorch checkpoints to adacm2-jax and back; docs/porting.md has the recipes.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    both = argparse.ArgumentParser(add_help=False)
+    both.add_argument("--dst", required=True, help="directory to be made; import also takes gs://")
+    both.add_argument("--force", action="store_true", help="replace what is there")
+    both.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    both.add_argument(
+        "--verify", action="store_true", help="read both sides again and compare values and outputs"
+    )
+    into = commands.add_parser("import", parents=[both], help="PyTorch to ours")
+    into.add_argument("--src", required=True, nargs="+", help="parts, the last on top")
+    into.add_argument(
+        "--bert", help="Q-Former tokenizer, for LAVIS: bert-base-uncased or vocab.txt"
+    )
+    into.add_argument("--allow-llm", default="", help="a version of Vicuna besides v1.1, e.g. v1.5")
+    into.add_argument(
+        "--dtype",
+        default="",
+        choices=["", "float32", "bfloat16", "float16"],
+        help="of the result; default: each parameter's own",
+    )
+    out = commands.add_parser("export", parents=[both], help="ours to PyTorch")
+    out.add_argument("--src", required=True, help="a converted checkpoint or a run of train.py")
+    out.add_argument("--format", required=True, choices=["hf", "lavis"])
+    out.add_argument(
+        "--drop-temporal", action="store_true", help="hf: leave the temporal table out"
+    )
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.command == "import":
+        from adacm2_jax.port.importer import import_checkpoint
+
+        base = import_checkpoint(
+            args.src,
+            args.dst,
+            bert=args.bert,
+            allow_llm=args.allow_llm,
+            dtype=args.dtype,
+            force=args.force,
+        )
+        print(f"{args.dst}: {base['parameters']:,} parameters, fingerprint {base['fingerprint']}")
+        if base["missing"]:
+            print(f"not in the source: {', '.join(base['missing'])} (see init_missing)")
+        return verify(args.src, args.dst) if args.verify else 0
+    from adacm2_jax.port.exporter import export_checkpoint
+
+    export_checkpoint(
+        args.src, args.dst, args.format, drop_temporal=args.drop_temporal, force=args.force
+    )
+    print(f"{args.dst}: written")
+    return verify(exported_parts(args.dst, args.format), args.src) if args.verify else 0
+
+
+def exported_parts(directory: str, form: str) -> list[str]:
+    """What ``import --src`` would be given to read an export back."""
+    import pathlib
+
+    root = pathlib.Path(directory)
+    if form == "hf":
+        return [str(root)]
+    return [str(path) for path in (*sorted(root.glob("*.pth")), root / "vicuna")]
+
+
+def verify(theirs: list[str], ours: str) -> int:
+    """Prints both tables; 1 if anything differs."""
+    from adacm2_jax.port.formats import open_checkpoint
+    from adacm2_jax.port.store import open_ours
+    from adacm2_jax.port.verify import compare_outputs, compare_values, table
+
+    with contextlib.closing(open_checkpoint(theirs)) as source:
+        _, params = open_ours(ours)
+        rows = compare_values(source, params)
+        print(table("values, bit by bit", rows))
+        try:
+            import torch
+        except ImportError:
+            print("outputs were not compared: torch is not installed")
+        else:
+            with torch.inference_mode():
+                outputs = compare_outputs(source, params)
+            print(table("outputs, relative to the largest", outputs))
+            rows += outputs
+    bad = [row.what for row in rows if not row.good]
+    print(f"differs: {', '.join(bad)}" if bad else "verified")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

