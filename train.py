@@ -72,6 +72,11 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
     if resumed:
         check_same(read_config(root), stored, root, FREE)
     model_config = evaluation.check(config)
+    if model_config.dtype == "float16":
+        raise UserError(
+            "model.dtype is 'float16', which is for evaluation: its gradients underflow without loss "
+            "scaling; train in bfloat16"
+        )
     load = make_load(config, model_config)
     mesh = make_mesh(tuple(config.mesh))
     rows = rows_per_process(config.train.batch_size, mesh)

@@ -351,13 +351,15 @@ def _top_k(score: jax.Array, k: int) -> jax.Array:
     """Indices of the k highest scores, int32[B, k]; the lowest index first among equals.
 
     Under a mesh every data shard ranks its own videos: on a batch-sharded operand the compiler may
-    otherwise gather the scores of all shards first.
+    otherwise gather the scores of all shards first. Videos that do not divide over the shards (a
+    question about one video, say) are ranked everywhere.
     """
 
     def pick(score):
         return jax.lax.top_k(score, k)[1]
 
-    if "data" not in jax.sharding.get_abstract_mesh().axis_names:
+    mesh = jax.sharding.get_abstract_mesh()
+    if "data" not in mesh.axis_names or score.shape[0] % mesh.shape["data"]:
         return pick(score)
     rows = PartitionSpec("data")
     return jax.shard_map(pick, in_specs=rows, out_specs=rows, axis_names={"data"})(score)

@@ -108,6 +108,10 @@ def test_a_step_on_many_devices_is_that_of_one(report, mesh):
     assert report[mesh]["apart"] < 4e-5, report[mesh]["worst"]
 
 
+def test_videos_that_do_not_divide_over_the_devices_are_ranked_too(report):
+    assert report["odd"] == [[1, 2], [2, 0], [1, 2]]
+
+
 @pytest.mark.parametrize(("mesh", "parts"), [("8x1", 8), ("4x2", 8)])
 def test_after_the_step_each_device_still_holds_its_share(report, mesh, parts):
     shares = report[mesh]["share"]

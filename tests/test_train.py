@@ -250,6 +250,7 @@ def test_a_damaged_parameter_is_named(small_run, data_dir, tmp_path, capsys):
         ("--config.mesh=(3, 1)", ["mesh = (3, 1)", "1 device"]),
         ("--config.generation.num_return=2", ["num_return", "num_beams"]),
         ("--config.tokenizers=nowhere", ["nowhere", "tokenizer"]),
+        ("--config.model.dtype=float16", ["model.dtype", "bfloat16"]),
         ("--config.init_from=nowhere", ["nowhere", "no checkpoint here"]),
         ("--config.eval.policies=()", ["eval.policies"]),
         ("--workdri=x", ["workdri"]),

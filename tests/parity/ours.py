@@ -2,18 +2,28 @@
 
 from collections.abc import Callable
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
-from adacm2_jax.config import MemoryConfig, QFormerConfig
+from adacm2_jax.config import AdaCM2Config, MemoryConfig, QFormerConfig
 from adacm2_jax.memory import Retention, attention_probs, in_time_order, init_memory, live_slots
+from adacm2_jax.models.adacm2 import init_params
 from adacm2_jax.models.qformer import Frames, Group, QFormer
 from adacm2_jax.policies import retention_plan
 from adacm2_jax.port.rules import Part, Piece, Table, match
 
 #: Path → shape of parameters of ours, or name → shape of tensors.
 Shapes = dict[str, tuple[int, ...]]
+
+
+def param_shapes(config: AdaCM2Config) -> Shapes:
+    """Of all parameters of ours, by path."""
+    boxed = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    flat = traverse_util.flatten_dict(nn.unbox(boxed), sep="/")
+    return {path: leaf.shape for path, leaf in flat.items()}
 
 
 def params_by_table(

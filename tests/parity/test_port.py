@@ -301,15 +301,14 @@ def test_what_is_not_a_checkpoint_is_named(hugging_face, lavis, tmp_path):
         import_checkpoint([hugging_face, lavis[2]], tmp_path / "ours")
 
 
-def command(*arguments, **options) -> subprocess.Popen:
+def command(*arguments, program=("-m", "adacm2_jax.port")) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "adacm2_jax.port", *map(str, arguments)],
+        [sys.executable, *program, *map(str, arguments)],
         cwd=ROOT,
         env=process_environment(),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        **options,
     )
 
 
@@ -346,14 +345,29 @@ def test_a_disk_without_room_is_refused_before_the_work(hugging_face, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+SLOW_DISK = """
+import sys, time
+from adacm2_jax.port import __main__ as port, store
+pieces = store.LazyArray.pieces
+def slowly(self):
+    for piece in pieces(self):
+        time.sleep(0.1)
+        yield piece
+store.LazyArray.pieces = slowly
+sys.exit(port.main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_conversion_leaves_no_checkpoint(number, hugging_face, tmp_path):
-    process = command("import", "--src", hugging_face, "--dst", tmp_path / "ours")
+    arguments = ("import", "--src", hugging_face, "--dst", tmp_path / "ours")
+    process = command(*arguments, program=("-c", SLOW_DISK))
     partial = tmp_path / ".ours.partial"
     while process.poll() is None and not partial.exists():
         time.sleep(0.005)
     process.send_signal(number)
-    process.wait()
+    process.communicate()
+    assert process.returncode == {signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}[number]
     assert not (tmp_path / "ours").exists()
     if number == signal.SIGTERM:
         assert not partial.exists()

