@@ -27,7 +27,7 @@ from data.errors import DataError
 
 POLICIES = ("adacm2", "full", "uniform", "random", "recent")
 #: Frames of a video → questions asked, each about a video of its own.
-LENGTHS = {16: 600, 64: 600, 256: 300}
+LENGTHS = {16: 600, 64: 600, 256: 200}
 
 
 def main() -> None:
