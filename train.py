@@ -74,8 +74,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
     model_config = evaluation.check(config)
     if model_config.dtype == "float16":
         raise UserError(
-            "model.dtype is 'float16', which is for evaluation: gradients underflow in it; train in "
-            "bfloat16"
+            "model.dtype is 'float16', which is for evaluation: gradients underflow in it; train "
+            "in bfloat16"
         )
     load = make_load(config, model_config)
     mesh = make_mesh(tuple(config.mesh))
