@@ -157,7 +157,7 @@ def find_params(
     found: dict = {}
     lines = []
     with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
-        for part in _parts(_absolute(directory), step):
+        for part in param_trees(directory, step):
             try:
                 tree = handler.metadata(part).tree
                 stored = {path: tuple(leaf.shape) for path, leaf in tree.items()}
@@ -205,8 +205,17 @@ def restore_params(
     return restored
 
 
-def _parts(root: epath.Path, step: int | None) -> list[epath.Path]:
-    """The Orbax trees that make up a model."""
+def param_trees(directory: str | os.PathLike, step: int | None = None) -> list[epath.Path]:
+    """The Orbax trees, with flat names, that make up a model.
+
+    Args:
+      directory: of a run, or of a converted checkpoint.
+      step: of a run: which; by default the newest.
+
+    Raises:
+      UserError: if there is none.
+    """
+    root = _absolute(directory)
     if is_base(root):
         return [root / PARAMS_DIR]
     if (root / PARAMS_DIR).exists():

@@ -4,7 +4,6 @@ Files are memory-mapped, and mapped anew after every :data:`WINDOW` bytes, so th
 file that is larger than the memory do not pile up in this process.
 """
 
-import contextlib
 import json
 import pathlib
 import pickle
@@ -184,12 +183,3 @@ def to_torch(array: np.ndarray):
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
-
-
-@contextlib.contextmanager
-def opened(source: Source):
-    """A source that is let go of at the end."""
-    try:
-        yield source
-    finally:
-        source.close()

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from adacm2_jax.checkpoint import PARAMS_DIR, read_config, saved_steps
+from adacm2_jax.checkpoint import param_trees, read_config
 from adacm2_jax.config import AdaCM2Config, from_dict
 from adacm2_jax.errors import UserError
 
@@ -168,17 +168,8 @@ def open_ours(source: str | os.PathLike) -> tuple[AdaCM2Config, "OurParams"]:
     Raises:
       UserError: if there is none, or it is damaged.
     """
-    root = epath.Path(source)
     config = from_dict(read_config(source)["model"])
-    if (root / PARAMS_DIR).exists():
-        return config, OurParams([StoredParams(root / PARAMS_DIR)])
-    steps = saved_steps(source)
-    if not steps:
-        raise UserError(f"{source}: neither a converted checkpoint nor a run with a saved step")
-    parts = [StoredParams(root / "checkpoints" / str(steps[-1]) / "learned")]
-    if (root / "frozen").exists():
-        parts.append(StoredParams(root / "frozen"))
-    return config, OurParams(parts)
+    return config, OurParams([StoredParams(tree) for tree in param_trees(source)])
 
 
 class OurParams:

@@ -18,8 +18,8 @@ from adacm2_jax.port.names import hf_table
 from adacm2_jax.port.rules import Piece, match, pieces_of
 from adacm2_jax.port.store import OurParams
 
-#: Largest relative error of an output that float32 sums of some ten thousand terms, carried through
-#: dozens of layers, explain.
+#: Largest relative error of an output: 2⁻²⁴ for each rounding, growing like the square root of the
+#: 11,008 terms of the longest sum, in each of 83 layers one after the other, is 5e-4; twice that.
 TOLERANCE = 1e-3
 
 
