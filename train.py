@@ -39,6 +39,8 @@ from adacm2_jax.sharding import make_mesh, rows_per_process, shard_batch
 from adacm2_jax.start import check_start, start_params
 from adacm2_jax.train_step import (
     Batch,
+    StepConfig,
+    check_step,
     explain_nonfinite,
     init_train_state,
     make_train_step,
@@ -54,6 +56,7 @@ FREE = (
     "generation.",
     "checkpoint.",
     "train.log_every",
+    "train.chunk",
     "data.cache",
     "data.data_dir",
     "mesh",
@@ -78,9 +81,11 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
             "in bfloat16"
         )
     load = make_load(config, model_config)
+    how = make_step(config)
     mesh = make_mesh(tuple(config.mesh))
-    rows = rows_per_process(config.train.batch_size, mesh)
+    rows = rows_per_process(config.train.batch_size, mesh, how.accumulate)
     abstract = abstract_params(model_config, config.optim.groups, mesh)
+    check_step(how, split_params(abstract, config.optim.groups)[0], config.train.num_frames)
     if config.init_from and not saved_steps(root):
         check_start(config.init_from, model_config, abstract, config.init_missing)
     source = open_source(config.data, "train")
@@ -133,7 +138,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
                         writer.write(step, {f"eval/{name}/accuracy": result["accuracy"]})
                 return results
 
-            train_step = make_train_step(model_config, optimizer, config.seed, state)
+            train_step = make_train_step(model_config, optimizer, config.seed, state, how)
             bar = tqdm(total=last, initial=first - 1, desc="train", disable=None, unit="step")
             stop: list[int] = []  # SIGTERM: a preemption, or a scheduler's time limit
             with on_sigterm(lambda number, _: stop.append(number)):
@@ -226,6 +231,12 @@ def make_load(config, model_config: AdaCM2Config) -> LoadClip:
         sampling = dataclasses.replace(sampling, max_frames=most)
     size = model_config.vision.image_size
     return LoadClip(sampling, frames, size, data.jitter, data.on_truncated, data.resize)
+
+
+def make_step(config) -> StepConfig:
+    """How the training step is computed."""
+    train = config.train
+    return StepConfig(train.gradient, train.chunk, train.accumulate)
 
 
 def make_batch(rows: dict, config, processor: Processor) -> Batch:

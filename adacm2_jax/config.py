@@ -14,7 +14,7 @@ from adacm2_jax.errors import UserError
 Ratio = str | int | float | Fraction
 POLICIES = ("adacm2", "full", "recent", "uniform", "random", "budget", "merge")
 SCORE_ROWS = ("query", "text", "query+text")
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def as_fraction(value: Ratio, name: str = "a ratio") -> Fraction:
@@ -184,7 +184,8 @@ class AdaCM2Config:
       max_answer_len: tokens of a training answer, its end token included.
       dtype: of matrix products in the ViT and the LLM, and of their weights where they are frozen:
         ``float32``, ``bfloat16`` or ``float16``. The ViT's residual stream is always float32, as
-        are norms, softmax and scores everywhere.
+        are norms, softmax and scores everywhere. ``float64`` (under ``jax_enable_x64``) is for
+        proofs: then all of these are float64.
       qformer_dtype: the same of the Q-Former, what surrounds it (ln_vision, temporal embedding,
         language projection) and the memory; empty: ``dtype``. LAVIS and MA-LMM evaluate with
         ``float16`` and ``float32``.
@@ -224,6 +225,12 @@ class AdaCM2Config:
     def memory_dtype(self) -> str:
         """Of keys, values and query rows, and so of all that the Q-Former computes."""
         return self.qformer_dtype or self.dtype
+
+    @property
+    def feature_dtype(self) -> str:
+        """Of what the ViT hands on: its residual stream, rounded to bfloat16 where the Q-Former
+        reads bfloat16. A cache of features stores just that."""
+        return self.memory_dtype if self.memory_dtype in ("bfloat16", "float64") else "float32"
 
 
 def instructblip_vicuna_7b(**overrides) -> AdaCM2Config:

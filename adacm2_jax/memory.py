@@ -21,7 +21,6 @@ Axes: B videos, F frames of a chunk, P tokens a frame, H heads, D head width, N 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import PartitionSpec
 
 from adacm2_jax.policies import ATTENTION, arrival_rank
 
@@ -137,9 +136,10 @@ def attention_probs(query: jax.Array, memory: VideoMemory, live: jax.Array) -> j
     Returns:
       float32[B, H, N, S], zero where a slot is not live.
     """
-    logits = jnp.einsum("bhnd,bhsd->bhns", query, memory.key, preferred_element_type=jnp.float32)
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    logits = jnp.einsum("bhnd,bhsd->bhns", query, memory.key, preferred_element_type=wide)
     logits = logits * query.shape[-1] ** -0.5
-    return jax.nn.softmax(jnp.where(live[:, None, None], logits, jnp.finfo(jnp.float32).min))
+    return jax.nn.softmax(jnp.where(live[:, None, None], logits, jnp.finfo(wide).min))
 
 
 def live_slots(memory: VideoMemory, count: jax.Array) -> jax.Array:
@@ -172,7 +172,7 @@ def retain(
     if retention.max_older:
         score = jnp.take_along_axis(memory.score, memory.slots, axis=1)
         score = jnp.where(order < first_recent, score, jnp.finfo(jnp.float32).min)
-        best = _top_k(score, retention.max_older)
+        best = jax.lax.top_k(score, retention.max_older)[1]
         among = jnp.arange(retention.max_older) < older[:, None]
         keep = jax.vmap(lambda keep, best, among: keep.at[best].max(among))(keep, best, among)
 
@@ -228,11 +228,11 @@ def observe(
         score = probs.sum((1, 2))
         if score_query is not None and score_mask is not None:
             text = attention_probs(score_query, memory, live)
-            text = jnp.einsum("bhrs,br->bs", text, score_mask.astype(jnp.float32))
+            text = jnp.einsum("bhrs,br->bs", text, score_mask.astype(text.dtype))
             # Where nothing is asked no text row can score: the query rows do.
             counts = score_output_rows | ~score_mask.any(1, keepdims=True)
             score = text + jnp.where(counts, score, 0)
-        score = jax.lax.stop_gradient(score)
+        score = jax.lax.stop_gradient(score).astype(memory.score.dtype)
         memory = memory.replace(score=jnp.where(valid[:, None], score, memory.score))
     if dropout is not None:
         probs = dropout(probs)
@@ -345,21 +345,3 @@ def in_time_order(memory: VideoMemory) -> dict[str, jax.Array]:
         score=ordered(memory.score, 0.0),
         live=live,
     )
-
-
-def _top_k(score: jax.Array, k: int) -> jax.Array:
-    """Indices of the k highest scores, int32[B, k]; the lowest index first among equals.
-
-    Under a mesh every data shard ranks its own videos: on a batch-sharded operand the compiler may
-    otherwise gather the scores of all shards first. Videos that do not divide over the shards (a
-    question about one video, say) are ranked everywhere.
-    """
-
-    def pick(score):
-        return jax.lax.top_k(score, k)[1]
-
-    mesh = jax.sharding.get_abstract_mesh()
-    if "data" not in mesh.axis_names or score.shape[0] % mesh.shape["data"]:
-        return pick(score)
-    rows = PartitionSpec("data")
-    return jax.shard_map(pick, in_specs=rows, out_specs=rows, axis_names={"data"})(score)

@@ -140,7 +140,7 @@ def arrival_rank(
 
         def draw(seed, frame):
             key = jax.random.fold_in(jax.random.key(seed), frame)
-            return jax.random.uniform(key, (tokens_per_frame,))
+            return jax.random.uniform(key, (tokens_per_frame,), jnp.float32)
 
         return jax.vmap(draw)(seed, frame)
     token = frame[:, None].astype(jnp.uint32) * tokens_per_frame

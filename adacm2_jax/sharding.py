@@ -2,11 +2,20 @@
 
 Weights are sharded by how often a step uses them. The ViT and the Q-Former run once a *frame*, so
 they are replicated; the language model runs once a *video*, so it is split over ``data`` (and
-gathered layer by layer). Batches, and with them the memory, are split over ``data``; slots never.
+gathered layer by layer) and over ``model`` (tensor parallelism). Batches, and with them the memory,
+are split over ``data``; slots never, and heads neither: a token's score is a sum over all heads.
+
+The loop over frames runs by itself on every device (:func:`on_every_shard`), so that no collective
+can get into it but the one that is asked for: the images of a chunk are divided over ``model`` for
+the ViT (:func:`over_model`), which is where nearly all the arithmetic of a frame is.
 """
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from adacm2_jax.errors import UserError
@@ -22,7 +31,7 @@ RULES = {
     "llm_embed": "data",
     "llm_heads": "model",
     "llm_mlp": "model",
-    "llm_vocab": "model",
+    "llm_vocab": None,  # 32,001 rows divide by nothing
     "vocab": None,
     "query": None,
     "token": None,
@@ -33,13 +42,17 @@ RULES = {
 }
 
 
-def make_mesh(shape: tuple[int, int] = (-1, 1)) -> Mesh:
-    """A mesh of axes ``data`` and ``model`` over all devices; -1 takes what is left.
+def make_mesh(shape: tuple[int, int] = (-1, 1), devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of axes ``data`` and ``model``; -1 takes what is left.
+
+    Args:
+      shape: devices along ``data`` and along ``model``.
+      devices: by default all that are present; a topology's, to compile for what is not here.
 
     Raises:
       UserError: if the shape does not match the number of devices.
     """
-    count = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     data, model = shape
     if data == -1 and model > 0 and count % model == 0:
         data = count // model
@@ -48,7 +61,8 @@ def make_mesh(shape: tuple[int, int] = (-1, 1)) -> Mesh:
             f"mesh = {tuple(shape)} does not cover the {count} device(s) present; the product must "
             f"be {count}, or the first entry -1"
         )
-    return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    axes = dict(axis_types=(AxisType.Auto,) * 2)
+    return jax.make_mesh((data, model), ("data", "model"), devices=devices, **axes)
 
 
 def param_shardings(boxed, mesh: Mesh):
@@ -88,17 +102,40 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def rows_per_process(batch_size: int, mesh: Mesh) -> int:
+def data_share(mesh: Mesh) -> tuple[int, int]:
+    """Which share of every batch this process brings, and how many shares there are.
+
+    That is one a process, unless a data shard lies on several: these then bring the same rows.
+    """
+    if jax.process_count() == 1:
+        return 0, 1
+    owners = [{device.process_index for device in row} for row in mesh.devices]
+    mine = [place for place, owner in enumerate(owners) if jax.process_index() in owner]
+    if len(owners) % len(mine) or mine[0] % len(mine) or mine[-1] - mine[0] >= len(mine):
+        raise UserError(
+            f"mesh = {mesh.devices.shape}: process {jax.process_index()} holds data shards {mine} "
+            f"of {len(owners)}; choose a mesh that gives every process equal ones"
+        )
+    return mine[0] // len(mine), len(owners) // len(mine)
+
+
+def rows_per_process(batch_size: int, mesh: Mesh, parts: int = 1) -> int:
     """How many rows of a batch each process brings.
 
+    Args:
+      batch_size: of all processes together.
+      mesh: from :func:`make_mesh`.
+      parts: that the batch is computed in (gradient accumulation).
+
     Raises:
-      UserError: if the batch does not divide over the data axis and the processes.
+      UserError: if the batch does not divide over the parts, the data axis and the processes.
     """
-    shards, processes = mesh.shape["data"], jax.process_count()
-    if batch_size % shards or batch_size % processes:
+    shards, processes = mesh.shape["data"], data_share(mesh)[1]
+    if batch_size % (shards * parts) or batch_size % processes:
+        divided = f"{shards} data shards" + (f" × train.accumulate = {parts}" if parts > 1 else "")
         raise UserError(
-            f"train.batch_size = {batch_size} does not divide over {shards} data shards and "
-            f"{processes} process(es); change it, or mesh"
+            f"train.batch_size = {batch_size} does not divide over {divided} and {processes} "
+            "process(es); change it, or mesh"
         )
     return batch_size // processes
 
@@ -107,3 +144,49 @@ def shard_batch(batch, mesh: Mesh):
     """Puts this process's rows of a batch (numpy leaves, batch axis first) on the mesh."""
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+
+
+def on_every_shard(function: Callable, rows: int, in_specs: Any, out_specs: Any) -> Callable:
+    """``function`` as every device runs it on its own rows, without a word to the others.
+
+    Where no mesh is set, or the rows do not divide over ``data`` (a question about one video, say),
+    it stays as it is: everybody computes everything.
+
+    Args:
+      function: of arrays; it must not be differentiated.
+      rows: of the batch.
+      in_specs, out_specs: of ``jax.shard_map``, with ``data`` on the axis of the batch.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if "data" not in mesh.axis_names or rows % mesh.shape["data"]:
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def over_model(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """Divides axis 0 over ``model`` and gathers the results, inside :func:`on_every_shard`.
+
+    There every device of a data shard holds the same input; each computes its part of it.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = mesh.shape["model"] if "model" in mesh.manual_axes else 1
+    if parts == 1:
+        return function
+
+    def divided(x: jax.Array) -> jax.Array:
+        share = -(-len(x) // parts)
+        x = jnp.pad(x, [(0, share * parts - len(x))] + [(0, 0)] * (x.ndim - 1))
+        mine = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index("model") * share, share)
+        return jax.lax.all_gather(function(mine), "model", tiled=True)
+
+    return lambda x: divided(x)[: len(x)]
+
+
+def rows_sharded(x: jax.Array) -> jax.Array:
+    """Says that axis 0 is the batch: left to itself the compiler may compute all rows everywhere
+    to spare a gather of weights."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if "data" not in mesh.auto_axes or len(x) % mesh.shape["data"]:
+        return x
+    spec = PartitionSpec("data", *(PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1))
+    return jax.lax.with_sharding_constraint(x, spec)

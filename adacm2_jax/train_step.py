@@ -1,8 +1,9 @@
 """One step of training: clips and questions in, the next state out."""
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,11 @@ from flax import struct
 from jax.sharding import Mesh
 
 from adacm2_jax.config import AdaCM2Config
+from adacm2_jax.errors import UserError
 from adacm2_jax.models.adacm2 import AdaCM2, Question, call, init_state
 from adacm2_jax.optim import gradient_norms, merge_params
 from adacm2_jax.sharding import replicated
+from adacm2_jax.two_phase import last_step, watch
 
 
 class TrainState(struct.PyTreeNode):
@@ -42,14 +45,8 @@ def init_train_state(
 
     The optimiser's moments lie where their parameters do.
     """
-    places = {path: leaf.sharding for path, leaf in learned.items()}
-    moments = optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda _, place: place,
-        jax.eval_shape(optimizer.init, learned),
-        places,
-        transform_non_params=lambda _: replicated(mesh),
-    )
+    abstract = abstract_train_state(learned, frozen, optimizer, mesh)
+    moments = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
     return TrainState(
         step=jax.device_put(np.int32(0), replicated(mesh)),
         learned=learned,
@@ -58,10 +55,34 @@ def init_train_state(
     )
 
 
+def abstract_train_state(
+    learned: dict, frozen: dict, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """The shapes of :func:`init_train_state`'s, with shardings; parameters may be shapes, too."""
+    shapes = jax.eval_shape(optimizer.init, learned)
+    places = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, place: place,
+        shapes,
+        {path: leaf.sharding for path, leaf in learned.items()},
+        transform_non_params=lambda _: replicated(mesh),
+    )
+
+    def shape(leaf, place) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    return TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)),
+        learned={path: shape(leaf, leaf.sharding) for path, leaf in learned.items()},
+        frozen={path: shape(leaf, leaf.sharding) for path, leaf in frozen.items()},
+        opt_state=jax.tree.map(shape, shapes, places),
+    )
+
+
 class Batch(struct.PyTreeNode):
     """Clips with questions and answers, ready for the device."""
 
-    #: uint8[B, T, height, width, 3].
+    #: uint8[B, T, height, width, 3]; or what the ViT makes of them, [B, T, P, V].
     frames: jax.Array
     #: bool[B, T]: false on padded frames.
     valid: jax.Array
@@ -73,21 +94,115 @@ class Batch(struct.PyTreeNode):
     targets: jax.Array
 
 
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """How a step is computed; none of it changes what is computed, dropout apart.
+
+    Attributes:
+      gradient: ``two_phase`` (two_phase.py: exact, and activations do not grow with the clip; the
+        ViT must be frozen) or ``scan`` (differentiates through all frames).
+      chunk: ``two_phase``: frames that pass through the networks together.
+      accumulate: parts of the batch that are computed one after the other.
+    """
+
+    gradient: str = "two_phase"
+    chunk: int = 16
+    accumulate: int = 1
+
+    def __post_init__(self):
+        if self.gradient not in ("two_phase", "scan"):
+            raise UserError(f"train.gradient is {self.gradient!r}; it must be two_phase or scan")
+        for name in ("chunk", "accumulate"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name} = {getattr(self, name)} must be at least 1")
+
+
+def check_step(how: StepConfig, learned: Collection[str], num_frames: int) -> None:
+    """Refuses what would not have the exact gradient.
+
+    Args:
+      how: the step is computed.
+      learned: paths of the parameters that learn.
+      num_frames: T, of a clip.
+
+    Raises:
+      UserError: for ``two_phase`` where the ViT learns and a clip has more than one frame.
+    """
+    trained = sorted(path for path in learned if path.startswith("vision/"))
+    if trained and num_frames > 1 and how.gradient == "two_phase":
+        raise UserError(
+            f"train.gradient = 'two_phase' needs a frozen ViT, but {trained[0]} learns on clips of "
+            f"{num_frames} frames: features of earlier frames would be constants. Freeze vision/.* "
+            "in optim.groups, train on single frames, or set train.gradient = 'scan'"
+        )
+
+
 def loss_fn(
-    learned: dict, frozen: dict, batch: Batch, config: AdaCM2Config, rng: jax.Array
+    learned: dict,
+    frozen: dict,
+    batch: Batch,
+    config: AdaCM2Config,
+    rng: jax.Array,
+    how: StepConfig,
+    count: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The walk of one batch, from pixels to the loss; float32 scalars: loss and token accuracy.
 
-    Differentiates through all frames, under policy ``merge`` through the last one alone. Where the
-    ViT is frozen its features carry no gradient.
+    Args:
+      learned, frozen: parameters by path.
+      batch: clips and questions.
+      config: the model.
+      rng: for dropout.
+      how: the gradient is computed.
+      count: what sums over target tokens are divided by; by default their number.
     """
-    model = AdaCM2(config)
-    params = merge_params(learned, frozen)
-    features = call(model, params, "encode_frames", batch.frames)
+    model, params = AdaCM2(config), merge_params(learned, frozen)
     state = init_state(config, batch.valid.sum(1), batch.seed)
-    chunk = (features, batch.valid, batch.question, state)
-    state = call(model, params, "stream", *chunk, deterministic=False, rngs={"dropout": rng})
-    return call(model, params, "answer_loss", state, batch.question, batch.targets)
+    options = dict(deterministic=False, rngs={"dropout": rng})
+    clip = batch.frames, batch.valid, batch.question, state
+    if how.gradient == "scan" or batch.valid.shape[1] == 1:
+        features = call(model, params, "encode_frames", batch.frames)
+        state = call(model, params, "stream", features, *clip[1:], **options)
+    else:
+        watched = watch(model, params, *clip, how.chunk)
+        state = last_step(model, params, watched, batch.valid, batch.question, **options)
+    return call(model, params, "answer_loss", state, batch.question, batch.targets, count)
+
+
+def loss_and_gradients(
+    learned: dict,
+    frozen: dict,
+    batch: Batch,
+    config: AdaCM2Config,
+    rng: jax.Array,
+    how: StepConfig,
+) -> tuple[jax.Array, jax.Array, dict]:
+    """:func:`loss_fn` with the gradients of ``learned``, over ``how.accumulate`` parts.
+
+    Losses and gradients are sums over all target tokens of the batch divided by their number, as
+    if it were one part; each part has a dropout mask of its own.
+    """
+    count = jnp.maximum(batch.targets.sum(), 1)
+    differentiate = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def part(i: jax.Array | int, rows: Batch) -> tuple[jax.Array, jax.Array, dict]:
+        own = jax.random.fold_in(rng, i)
+        (loss, accuracy), gradients = differentiate(learned, frozen, rows, config, own, how, count)
+        return loss, accuracy, gradients
+
+    if how.accumulate == 1:
+        return part(0, batch)
+    # Every n-th row, so that all devices take part in every part without moving a row.
+    parts = jax.tree.map(lambda leaf: leaf.reshape((-1, how.accumulate) + leaf.shape[1:]), batch)
+
+    def add(total, i):
+        rows = jax.tree.map(
+            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, axis=1, keepdims=False), parts
+        )
+        return jax.tree.map(jnp.add, total, part(i, rows)), None
+
+    zeros = jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, learned)
+    return jax.lax.scan(add, zeros, jnp.arange(how.accumulate))[0]
 
 
 def make_train_step(
@@ -95,8 +210,16 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     seed: int,
     state: TrainState,
+    how: StepConfig,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
     """Compiles the step; its state is donated, and the next one lies where ``state`` does.
+
+    Args:
+      config: the model.
+      optimizer: of ``optim.make_optimizer``.
+      seed: of dropout.
+      state: or its shapes, with shardings.
+      how: it is computed; see :func:`check_step`.
 
     The metrics hold ``loss``, ``token_accuracy``, ``grad_norm`` and the norm of every part's
     gradient (``grad_norm/qformer`` …). Where the loss or a gradient is not finite the state stays
@@ -108,8 +231,8 @@ def make_train_step(
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(places, None))
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
-        (loss, accuracy), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.learned, state.frozen, batch, config, rng
+        loss, accuracy, gradients = loss_and_gradients(
+            state.learned, state.frozen, batch, config, rng, how
         )
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.learned)
         metrics = {

@@ -45,9 +45,21 @@ def base_config(model: AdaCM2Config) -> ml_collections.ConfigDict:
                 "on_truncated": "error",  # or use: go on with what could be read
                 "cache": False,  # keep decoded training clips on disk (short videos, many epochs)
                 "cache_dir": "runs/cache",
+                # A directory of prepare.py: its features are read instead of the training clips.
+                "features": "",
                 "workers": 0,  # decoding processes in training; 0 decodes in threads
             },
-            "train": {"steps": 1000, "batch_size": 8, "num_frames": 8, "log_every": 20},
+            "train": {
+                "steps": 1000,
+                "batch_size": 8,
+                "num_frames": 8,
+                "log_every": 20,
+                # two_phase: the exact gradient, with activations of one frame; the ViT is frozen.
+                # scan: through all frames, for an experiment that trains the ViT.
+                "gradient": "two_phase",
+                "chunk": 16,  # two_phase: frames that pass through the networks together
+                "accumulate": 1,  # parts of a batch that are computed one after the other
+            },
             "optim": {
                 "learning_rate": 1e-4,
                 "warmup_steps": 100,
@@ -59,7 +71,8 @@ def base_config(model: AdaCM2Config) -> ml_collections.ConfigDict:
                 # the first match counts.
                 "groups": (("(vision|llm)/.*", None), (".*", 1.0)),
             },
-            "checkpoint": {"every": 500, "keep": 2},
+            # The newest `keep` stay on disk, and every `keep_every`-th step (0: none) for ever.
+            "checkpoint": {"every": 500, "keep": 2, "keep_every": 0},
             "eval": {
                 "every": 0,  # steps between evaluations in training; 0: only at the end
                 "limit": 0,  # questions of the split; 0: all

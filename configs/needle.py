@@ -41,6 +41,7 @@ def get_config(stage: str = "main") -> ml_collections.ConfigDict:
     config.data.sampling.num_frames = frames
     config.data.cache = True
     config.train.num_frames = frames
+    config.train.gradient = "scan"  # the ViT learns
     config.train.batch_size = batch_size
     config.train.steps = steps
     config.optim.learning_rate = learning_rate

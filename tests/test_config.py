@@ -80,7 +80,7 @@ REFUSED = {
     "dropout": (lambda: QFormerConfig(dropout=1.0), "qformer.dropout [0, 1) 1.0"),
     "grouping": (lambda: LlamaConfig(num_kv_heads=5), "llm.num_kv_heads 5 llm.num_heads 32"),
     "rotary": (lambda: LlamaConfig(width=96, num_heads=32), "llm.width llm.num_heads even 3"),
-    "dtype": (lambda: tiny(dtype="float64"), "dtype 'float64' float32 bfloat16 float16"),
+    "dtype": (lambda: tiny(dtype="int8"), "dtype 'int8' float32 bfloat16 float16"),
     "qformer dtype": (lambda: tiny(qformer_dtype="half"), "qformer_dtype 'half' float32 float16"),
     "no table": (lambda: tiny(temporal_positions=0), "temporal_positions 0 at least 1"),
     "long question": (

@@ -15,7 +15,7 @@ from adacm2_jax.models.adacm2 import Question
 from adacm2_jax.optim import split_params
 from adacm2_jax.params import abstract_params
 from adacm2_jax.sharding import make_mesh
-from adacm2_jax.train_step import Batch, loss_fn
+from adacm2_jax.train_step import Batch, StepConfig, loss_fn
 from configs.base import base_config
 from tests.small import ROOT, run_script, small_model
 
@@ -82,7 +82,7 @@ def test_the_full_size_experiment_by_shapes():
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     gradients, aux = jax.eval_shape(
-        jax.grad(lambda *given: loss_fn(*given[:3], model, given[3]), has_aux=True),
+        jax.grad(lambda *given: loss_fn(*given[:3], model, given[3], StepConfig()), has_aux=True),
         learned,
         frozen,
         batch,

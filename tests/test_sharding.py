@@ -101,18 +101,19 @@ def report(compiled_once):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("mesh", ["8x1", "4x2"])
+@pytest.mark.parametrize("mesh", ["8x1", "4x2", "2x4"])
 def test_a_step_on_many_devices_is_that_of_one(report, mesh):
     # float32 sums of a few thousand terms in another order: sqrt(4096) x 6e-8, ten times for depth.
     assert report[mesh]["loss"] == pytest.approx(report["loss"], rel=1e-6)
     assert report[mesh]["apart"] < 4e-5, report[mesh]["worst"]
 
 
-def test_videos_that_do_not_divide_over_the_devices_are_ranked_too(report):
-    assert report["odd"] == [[1, 2], [2, 0], [1, 2]]
+def test_videos_that_do_not_divide_over_the_devices_are_read_too(report):
+    one, eight = report["odd"]
+    assert eight == pytest.approx(one, rel=1e-6)
 
 
-@pytest.mark.parametrize(("mesh", "parts"), [("8x1", 8), ("4x2", 8)])
+@pytest.mark.parametrize(("mesh", "parts"), [("8x1", 8), ("4x2", 8), ("2x4", 8)])
 def test_after_the_step_each_device_still_holds_its_share(report, mesh, parts):
     shares = report[mesh]["share"]
     assert {share for name, share in shares.items() if name.startswith("vision")} == {1}

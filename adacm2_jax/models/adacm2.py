@@ -22,16 +22,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec
 
 from adacm2_jax.config import AdaCM2Config
 from adacm2_jax.memory import Retention, VideoMemory, init_memory
 from adacm2_jax.merge import MergeMemory, init_bank
-from adacm2_jax.models.layers import ZEROS, Dense, LayerNorm, param
+from adacm2_jax.models.layers import ZEROS, Dense, LayerNorm, param, wide
 from adacm2_jax.models.llama import KVCache, Llama, init_cache
 from adacm2_jax.models.merging import MergingQFormer
 from adacm2_jax.models.qformer import Frames, QFormer, absorb
 from adacm2_jax.models.vit import VisionTransformer
-from adacm2_jax.policies import RetentionPlan, retention_plan
+from adacm2_jax.policies import STRIDE, RetentionPlan, retention_plan
+from adacm2_jax.sharding import over_model
 
 #: CLIP's pixel statistics, for values in [0, 1].
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -121,6 +123,26 @@ def _empty_banks(config: AdaCM2Config, batch: int) -> MergeMemory:
     )
 
 
+def layers_alike(config: AdaCM2Config) -> bool:
+    """Whether all layers hold the same tokens, in the same slots, whatever they attend to."""
+    plan = plan_for(config)
+    alike = (plan.recent == plan.recent[0]).all() and (plan.older == plan.older[0]).all()
+    return bool(alike) and (not plan.older.any() or plan.ranking == STRIDE)
+
+
+def state_specs(state: StreamState) -> StreamState:
+    """How a state is divided over the mesh axis ``data``: by its videos."""
+    rows = PartitionSpec("data")
+    layers = PartitionSpec(None, "data")
+    memory: Any = jax.tree.map(lambda _: layers, state.memory)
+    if isinstance(state.memory, MergeMemory):
+        memory = MergeMemory(
+            visual=jax.tree.map(lambda _: rows, state.memory.visual),
+            hidden=jax.tree.map(lambda _: PartitionSpec(None, None, "data"), state.memory.hidden),
+        )
+    return StreamState(memory=memory, queries=rows, frames_seen=rows, total_frames=rows, seed=rows)
+
+
 def temporal_position(index: jax.Array, total: jax.Array, rows: int) -> jax.Array:
     """Where frame ``index`` of ``total`` stands in a table of ``rows``, float32, same shape.
 
@@ -156,11 +178,20 @@ class AdaCM2(nn.Module):
         self.llm = Llama(c.llm, c.remat)
 
     def encode_frames(self, frames: jax.Array) -> jax.Array:
-        """The ViT on a chunk: uint8[B, F, height, width, 3] → float32[B, F, P, V]."""
-        pixels = frames.astype(jnp.float32) / 255
-        pixels = (pixels - jnp.asarray(PIXEL_MEAN)) / jnp.asarray(PIXEL_STD)
-        flat = pixels.reshape((-1,) + frames.shape[2:]).astype(self.config.dtype)
-        features = self.vision(flat)
+        """The ViT on a chunk: uint8[B, F, height, width, 3] → [B, F, P, V] in ``feature_dtype``.
+
+        What has been through the ViT before (a cache of features) is handed on.
+        """
+        if frames.ndim == 4:
+            return frames.astype(self.config.feature_dtype)
+
+        def encode(images: jax.Array) -> jax.Array:
+            pixels = images.astype(jnp.float32) / 255
+            pixels = (pixels - jnp.asarray(PIXEL_MEAN)) / jnp.asarray(PIXEL_STD)
+            return self.vision(pixels.astype(self.config.dtype)).astype(self.config.feature_dtype)
+
+        images = frames.reshape((-1,) + frames.shape[2:])
+        features = over_model(encode)(images)
         return features.reshape(frames.shape[:2] + features.shape[1:])
 
     def stream(
@@ -187,9 +218,7 @@ class AdaCM2(nn.Module):
         index = state.frames_seen[:, None] + jnp.cumsum(valid, axis=1) - 1
         index = jnp.maximum(index, 0).astype(jnp.int32)
         position = temporal_position(index, state.total_frames[:, None], c.temporal_positions)
-        features = self.ln_vision(features.astype(jnp.float32))
-        features = features + self._temporal(position[::share])[:, :, None]
-        features = features.astype(c.memory_dtype)
+        features = self._tokens(features, position[::share][:, :, None])
         last = jnp.max(jnp.where(valid, jnp.arange(valid.shape[1]), -1), axis=1)
         seen, last = last >= 0, jnp.maximum(last, 0)
         text = question.qformer_ids, question.qformer_mask
@@ -213,12 +242,32 @@ class AdaCM2(nn.Module):
             frames_seen=state.frames_seen + valid.sum(1, dtype=jnp.int32),
         )
 
+    def renew(self, state: StreamState, slots: jax.Array) -> StreamState:
+        """The same state, its keys and values computed from the ViT's features once more.
+
+        Their values do not change; they are functions of the parameters again, with a gradient.
+
+        Args:
+          state: under any policy but ``merge``.
+          slots: [L, B, S, V], the feature of the token in each slot; [1, B, S, V] where all layers
+            hold the same tokens.
+        """
+        memory = cast(VideoMemory, state.memory)
+        frame, rows = memory.frame[: len(slots)], self.config.temporal_positions
+        position = temporal_position(frame, state.total_frames[:, None], rows)
+        key, value = self.qformer.project_slots(self._tokens(slots, position))
+        return state.replace(memory=memory.replace(key=key, value=value))
+
     def visual_tokens(self, state: StreamState) -> jax.Array:
         """The N tokens that stand for the video in the prompt, [B, N, W] in the LLM's dtype."""
         return self.language_projection(state.queries).astype(self.config.dtype)
 
     def answer_loss(
-        self, state: StreamState, question: Question, targets: jax.Array
+        self,
+        state: StreamState,
+        question: Question,
+        targets: jax.Array,
+        count: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Cross-entropy of the answer, teacher-forced.
 
@@ -226,6 +275,7 @@ class AdaCM2(nn.Module):
           state: after the last frame.
           question: its ``llm_ids`` hold prompt and answer, then padding (LAVIS's order).
           targets: bool[B, S], true on the tokens of the answer, its end token included.
+          count: what sums over targets are divided by; by default the number of targets.
 
         Returns:
           float32 scalars: the mean loss a target token, and the share predicted exactly.
@@ -238,7 +288,7 @@ class AdaCM2(nn.Module):
         logits = self.llm.logits(hidden[:, visual.shape[1] - 1 : -1])
         log_probs = jax.nn.log_softmax(logits)
         nll = -jnp.take_along_axis(log_probs, question.llm_ids[..., None], axis=-1)[..., 0]
-        count = jnp.maximum(targets.sum(), 1)
+        count = jnp.maximum(targets.sum(), 1) if count is None else count
         correct = (logits.argmax(-1) == question.llm_ids) & targets
         return jnp.where(targets, nll, 0).sum() / count, correct.sum() / count
 
@@ -275,6 +325,11 @@ class AdaCM2(nn.Module):
         state = self.stream(self.encode_frames(frames), valid, question, state)
         length = self.config.qformer.num_queries + question.llm_ids.shape[1]
         return self.prefill(state, question, length)[0]
+
+    def _tokens(self, features: jax.Array, position: jax.Array) -> jax.Array:
+        """What the Q-Former reads: features [… , V] at float32[…] places of the temporal table."""
+        tokens = self.ln_vision(wide(features)) + self._temporal(position)
+        return tokens.astype(self.config.memory_dtype)
 
     def _temporal(self, position: jax.Array) -> jax.Array:
         """Rows of the temporal table at fractional positions, float32[…] → [… , V]."""

@@ -38,6 +38,11 @@ def param(module: nn.Module, name: str, init: Init, shape: tuple[int, ...], axes
     return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
 
+def wide(x: jax.Array) -> jax.Array:
+    """In float32, where norms, softmax, scores and losses are computed; float64 stays as it is."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def rematerialised(layer: type[nn.Module], remat: bool) -> type[nn.Module]:
     """A layer to be scanned over; with ``remat`` it keeps no activations for the backward pass."""
     return nn.remat(layer, prevent_cse=False) if remat else layer
@@ -82,8 +87,8 @@ class LayerNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = param(self, "scale", ONES, (x.shape[-1],), (self.axis,))
         bias = param(self, "bias", ZEROS, (x.shape[-1],), (self.axis,))
-        wide = x.astype(jnp.float32)
-        centred = wide - wide.mean(-1, keepdims=True)
+        full = wide(x)
+        centred = full - full.mean(-1, keepdims=True)
         variance = jnp.square(centred).mean(-1, keepdims=True)
         return (centred * jax.lax.rsqrt(variance + self.epsilon) * scale + bias).astype(x.dtype)
 
@@ -93,8 +98,8 @@ def gelu(x: jax.Array) -> jax.Array:
 
     ``jax.nn.gelu(approximate=False)`` is the same function by erfc, which takes longer on a CPU.
     """
-    wide = x.astype(jnp.float32)
-    return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+    full = wide(x)
+    return (0.5 * full * (1 + jax.lax.erf(full * math.sqrt(0.5)))).astype(x.dtype)
 
 
 class Mlp(nn.Module):
@@ -126,10 +131,11 @@ def attention(
     Returns:
       [B, Q, H, D].
     """
-    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
+    precision = jnp.promote_types(query.dtype, jnp.float32)
+    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=precision)
     logits = logits * query.shape[-1] ** -0.5
     if mask is not None:
-        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+        logits = jnp.where(mask, logits, jnp.finfo(precision).min)
     probs = jax.nn.softmax(logits)
     if dropout is not None:
         probs = dropout(probs)

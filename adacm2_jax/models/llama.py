@@ -12,7 +12,16 @@ import jax.numpy as jnp
 from flax import struct
 
 from adacm2_jax.config import LlamaConfig
-from adacm2_jax.models.layers import ONES, Dense, attention, embedding, param, rematerialised
+from adacm2_jax.models.layers import (
+    ONES,
+    Dense,
+    attention,
+    embedding,
+    param,
+    rematerialised,
+    wide,
+)
+from adacm2_jax.sharding import rows_sharded
 
 
 class KVCache(struct.PyTreeNode):
@@ -44,9 +53,9 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = param(self, "scale", ONES, (x.shape[-1],), ("llm_embed",))
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon)
-        return wide.astype(x.dtype) * scale.astype(x.dtype)
+        y = wide(x)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
+        return y.astype(x.dtype) * scale.astype(x.dtype)
 
 
 def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
@@ -86,12 +95,11 @@ class Layer(nn.Module):
         x = x + Dense(shape, axes, num_inputs=2, use_bias=False, name="out")(y)
 
         y = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x)
-        wide = ((c.width, c.mlp_width), ("llm_embed", "llm_mlp"))
-        y = jax.nn.silu(Dense(*wide, use_bias=False, name="gate")(y)) * Dense(
-            *wide, use_bias=False, name="up"
-        )(y)
-        down = Dense(wide[0][::-1], wide[1][::-1], use_bias=False, name="down")
-        return x + down(y), cache
+        shape, axes = (c.width, c.mlp_width), ("llm_embed", "llm_mlp")
+        gate = Dense(shape, axes, use_bias=False, name="gate")(y)
+        y = jax.nn.silu(gate) * Dense(shape, axes, use_bias=False, name="up")(y)
+        down = Dense(shape[::-1], axes[::-1], use_bias=False, name="down")
+        return rows_sharded(x + down(y)), cache
 
 
 class Llama(nn.Module):
@@ -154,7 +162,11 @@ class Llama(nn.Module):
         place = index + jnp.arange(length)
         causal = jnp.arange(known.shape[1]) <= place[:, None]
         x, layer_cache = self.layers(
-            embeddings, positions, causal[None, None] & known[:, None, None], index, layer_cache
+            rows_sharded(embeddings),
+            positions,
+            causal[None, None] & known[:, None, None],
+            index,
+            layer_cache,
         )
         if cache is not None:
             key, value = layer_cache
@@ -164,5 +176,5 @@ class Llama(nn.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[…, W] → float32[…, vocabulary]."""
         if self.config.tie_embeddings:
-            return (hidden @ self.tokens.T.astype(hidden.dtype)).astype(jnp.float32)
-        return self.lm_head(hidden).astype(jnp.float32)
+            return wide(hidden @ self.tokens.T.astype(hidden.dtype))
+        return wide(self.lm_head(hidden))

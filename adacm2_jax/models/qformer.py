@@ -94,6 +94,20 @@ class FrameProjection(nn.Module):
         # Layer by layer: a product over all layers at once would have its weights transposed.
         return jax.lax.map(layer, self.to_key), jax.lax.map(layer, self.to_value)
 
+    def by_slot(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Tokens that a layer holds, [L, B, S, V] → twice [L, B, H, S, D].
+
+        Where axis 0 is 1 all layers hold the same ones.
+        """
+
+        def project(weights):
+            if len(tokens) == 1:
+                return jax.lax.map(lambda w: project_frames(tokens[0], w), weights)
+            return jax.lax.map(lambda pair: project_frames(*pair), (tokens, weights))
+
+        key, value = project(self.to_key), project(self.to_value)
+        return key.swapaxes(2, 3), value.swapaxes(2, 3)
+
     def weights(self) -> tuple[tuple[jax.Array, jax.Array], ...]:
         """The kernel [L, V, H, D] and bias [L, H, D] of the keys, and those of the values."""
         return self.to_key, self.to_value
@@ -272,6 +286,10 @@ class QFormer(nn.Module):
     def project(self, features: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys and values of a chunk, [B, F, P, V] → twice [L, F, B, H, P, D]."""
         return self.frame_projection(features)
+
+    def project_slots(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of tokens by slot; see :meth:`FrameProjection.by_slot`."""
+        return self.frame_projection.by_slot(tokens)
 
     @nn.compact
     def __call__(

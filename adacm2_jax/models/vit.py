@@ -22,6 +22,7 @@ from adacm2_jax.models.layers import (
     embedding,
     param,
     rematerialised,
+    wide,
 )
 
 
@@ -65,7 +66,7 @@ class VisionTransformer(nn.Module):
         embed = Dense(
             (size, size, 3, c.width), ("patch", "patch", "rgb", "vision"), 3, name="patch_embed"
         )
-        x = embed(patches.reshape(batch, side * side, size, size, 3)).astype(jnp.float32)
+        x = wide(embed(patches.reshape(batch, side * side, size, size, 3)))
         cls = param(self, "cls_token", embedding, (1, 1, c.width), ("one", "one", "vision"))
         cls = jnp.broadcast_to(cls.astype(x.dtype), (batch, 1, c.width))
         x = jnp.concatenate([cls, x], axis=1)

@@ -88,11 +88,18 @@ def test_a_half_precision_model_multiplies_in_half_precision(half, method):
 
 @pytest.mark.parametrize("half", HALVES)
 def test_the_vits_residual_stream_stays_float32(half):
-    jaxpr, features = trace(dataclasses.replace(BASE, dtype=half), "encode_frames")
-    assert features.dtype == jnp.float32
+    config = dataclasses.replace(BASE, dtype=half)
+    jaxpr, features = trace(config, "encode_frames")
+    assert features.dtype == config.feature_dtype
     (blocks,) = operations(jaxpr.jaxpr, "scan")
     (stream,) = blocks.outvars
     assert stream.aval.dtype == jnp.float32
+
+
+def test_features_are_as_precise_as_what_reads_them():
+    dtypes = [("float32", ""), ("bfloat16", ""), ("float16", ""), ("bfloat16", "float32")]
+    found = [dataclasses.replace(BASE, dtype=d, qformer_dtype=q).feature_dtype for d, q in dtypes]
+    assert found == ["float32", "bfloat16", "float32", "float32"]
 
 
 @pytest.mark.parametrize("half", HALVES)
