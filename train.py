@@ -2,18 +2,16 @@
 
     python train.py --config configs/needle.py --workdir runs/needle [--config.train.steps=100]
 
-The same command goes on with a run that was stopped, from its newest checkpoint.
+The same command goes on with a run that was stopped, from its newest checkpoint, also on another
+mesh or with another number of processes (see adacm2_jax/distributed.py).
 """
 
 import contextlib
 import dataclasses
 import json
 import pathlib
-import signal
 import sys
-from collections.abc import Iterator
 
-import grain
 import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -25,18 +23,21 @@ from adacm2_jax.checkpoint import (
     Checkpoints,
     check_same,
     read_config,
-    restore_params,
+    read_link,
     saved_steps,
     write_config,
 )
 from adacm2_jax.config import AdaCM2Config
+from adacm2_jax.distributed import Preemption, connect, default_sigterm, is_main, main_first
 from adacm2_jax.errors import UserError
+from adacm2_jax.features import describe_vision, refuse_learning
 from adacm2_jax.metrics import MetricWriter
 from adacm2_jax.optim import make_optimizer, merge_params, split_params
 from adacm2_jax.params import abstract_params, fresh_params
 from adacm2_jax.processor import LLM_DIR, Processor, train_tokenizers
-from adacm2_jax.sharding import make_mesh, rows_per_process, shard_batch
-from adacm2_jax.start import check_start, start_params
+from adacm2_jax.profiling import Profile
+from adacm2_jax.sharding import data_share, make_mesh, rows_per_process, shard_batch
+from adacm2_jax.start import check_start, resume_params, start_params
 from adacm2_jax.train_step import (
     Batch,
     StepConfig,
@@ -47,6 +48,7 @@ from adacm2_jax.train_step import (
 )
 from data.cache import cached_clips
 from data.errors import DataError
+from data.features import check_weights, open_features
 from data.pipeline import LoadClip, clips, training_batches
 from data.sources import open_source
 
@@ -59,12 +61,18 @@ FREE = (
     "train.chunk",
     "data.cache",
     "data.data_dir",
+    "data.workers",
     "mesh",
 )
 
 
-def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
+def train_and_evaluate(config: ConfigDict, workdir: str, profile: int = 0) -> dict:
     """Trains to ``config.train.steps`` and evaluates; returns the metrics of the evaluation.
+
+    Args:
+      config: the experiment.
+      workdir: where the run is kept.
+      profile: steps to trace, see adacm2_jax/profiling.py.
 
     Raises:
       UserError, DataError: for a configuration, checkpoint or data set that cannot be used.
@@ -73,7 +81,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
     root, stored = pathlib.Path(workdir), json.loads(config.to_json())
     resumed = (root / "config.json").exists()
     if resumed:
-        check_same(read_config(root), stored, root, FREE)
+        moved = ("init_from",) if read_link(root) else ()  # a base counts by its fingerprint
+        check_same(read_config(root), stored, root, FREE + moved)
     model_config = evaluation.check(config)
     if model_config.dtype == "float16":
         raise UserError(
@@ -83,53 +92,62 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
     load = make_load(config, model_config)
     how = make_step(config)
     mesh = make_mesh(tuple(config.mesh))
-    rows = rows_per_process(config.train.batch_size, mesh, how.accumulate)
+    connect(mesh)
+    rows_per_process(config.train.batch_size, mesh, how.accumulate)
     abstract = abstract_params(model_config, config.optim.groups, mesh)
     check_step(how, split_params(abstract, config.optim.groups)[0], config.train.num_frames)
+    if config.data.features:
+        refuse_learning(split_params(abstract, config.optim.groups)[0])
     if config.init_from and not saved_steps(root):
         check_start(config.init_from, model_config, abstract, config.init_missing)
-    source = open_source(config.data, "train")
-    tested = open_source(config.data, config.eval.split)
+    source = main_first(lambda: open_source(config.data, "train"))
+    tested = main_first(lambda: open_source(config.data, config.eval.split))
     root.mkdir(parents=True, exist_ok=True)
-    processor = make_processor(config, model_config, source, root, resumed)
+    processor = main_first(lambda: make_processor(config, model_config, source, root, resumed))
     evaluation.check_questions(config, processor, source)
     evaluation.check_questions(config, processor, tested)
     if missing := evaluation.missing_videos(source):
         print(
             f"warning: {len(missing)} training videos are missing: {missing[0]} …", file=sys.stderr
         )
-    dataset = (
-        cached_clips(source, load, config.data.cache_dir)
-        if config.data.cache
-        else clips(source, load)
-    )
+    dataset = main_first(lambda: make_dataset(config, model_config, source, load))
+    rank, world = data_share(mesh)
     batches = training_batches(
         dataset,
-        batch_size=rows,
+        batch_size=config.train.batch_size,
         seed=config.seed,
         workers=config.data.workers,
-        rank=jax.process_index(),
-        world=jax.process_count(),
+        rank=rank,
+        world=world,
     )
     write_config(root, stored)
 
     with (
         contextlib.closing(batches),
-        contextlib.closing(Checkpoints(root, config.checkpoint.keep)) as checkpoints,
+        contextlib.closing(
+            Checkpoints(root, config.checkpoint.keep, config.checkpoint.keep_every)
+        ) as checkpoints,
     ):
         # The state: of the run's own checkpoint, else from given or from fresh parameters.
         params = make_params(config, model_config, abstract, root)
+        if config.data.features:
+            check_weights(config.data.features, describe_vision(model_config, params))
         learned, frozen = split_params(params, config.optim.groups)
         optimizer, schedule = make_optimizer(learned, steps=config.train.steps, **config.optim)
         state = init_train_state(learned, frozen, optimizer, mesh)
         if checkpoints.latest_step is None:
-            checkpoints.save_frozen(frozen)
+            checkpoints.save_frozen(frozen, config.init_from)
         else:
-            state = checkpoints.restore(state, grain.checkpoint.CheckpointRestore(batches))
-            print(f"resumed {workdir} at step {int(state.step)}", flush=True)
+            state, place = checkpoints.restore(state)
+            batches.seek(place["examples"])
+            if is_main():
+                print(f"resumed {workdir} at step {int(state.step)}", flush=True)
         first, last = int(state.step) + 1, config.train.steps
 
         with contextlib.closing(MetricWriter(root, first - 1)) as writer:
+
+            def save() -> None:
+                checkpoints.save(state, {"examples": batches.examples})
 
             def evaluate(step: int) -> dict:
                 results = evaluation.evaluate(config, state.params, processor, root)
@@ -139,15 +157,16 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
                 return results
 
             train_step = make_train_step(model_config, optimizer, config.seed, state, how)
-            bar = tqdm(total=last, initial=first - 1, desc="train", disable=None, unit="step")
-            stop: list[int] = []  # SIGTERM: a preemption, or a scheduler's time limit
-            with on_sigterm(lambda number, _: stop.append(number)):
+            quiet = not is_main() or None  # None: where it is no terminal
+            bar = tqdm(total=last, initial=first - 1, desc="train", disable=quiet, unit="step")
+            with Preemption() as preemption, contextlib.closing(Profile(root, profile)) as trace:
                 for step in range(first, last + 1):
+                    trace.begin_step(step)
                     # Before the step after it, so that a resumed run makes up for a missed one.
                     if config.eval.every and step > 1 and (step - 1) % config.eval.every == 0:
-                        checkpoints.save(state, grain.checkpoint.CheckpointSave(batches))
+                        save()
                         checkpoints.wait()
-                        with on_sigterm(signal.SIG_DFL):  # nothing would be lost
+                        with default_sigterm():  # nothing would be lost
                             evaluate(step - 1)
                     batch = make_batch(next(batches), config, processor)
                     with jax.set_mesh(mesh):
@@ -165,32 +184,26 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict:
                     if step % config.train.log_every == 0 or step == last:
                         writer.write(step, metrics | {"learning_rate": float(schedule(step - 1))})
                         bar.set_postfix(loss=metrics["loss"], accuracy=metrics["token_accuracy"])
+                    stop = preemption.agreed()
                     if step % config.checkpoint.every == 0 or step == last or stop:
-                        checkpoints.save(state, grain.checkpoint.CheckpointSave(batches))
+                        save()
                     if stop:
                         checkpoints.wait()
                         print(f"stopped after step {step}; the same command goes on", flush=True)
-                        sys.exit(128 + stop[0])
+                        sys.exit(128 + stop)
                 checkpoints.wait()
             bar.close()
             return evaluate(last)
 
 
-@contextlib.contextmanager
-def on_sigterm(action) -> Iterator[None]:
-    """Does this on SIGTERM, within a block."""
-    before = signal.signal(signal.SIGTERM, action)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def make_processor(
     config, model_config: AdaCM2Config, source, root: pathlib.Path, resumed: bool
 ) -> Processor:
-    """The run's tokenizers: its own, the given ones, those of ``init_from``, or newly learned."""
-    if resumed:
+    """The run's tokenizers: its own, the given ones, those of ``init_from``, or newly learned.
+
+    Process 0 writes them where they are the run's own for all others.
+    """
+    if resumed or not is_main():
         return Processor.load(root, model_config)
     for directory in (config.tokenizers, config.init_from):
         if directory and (pathlib.Path(directory) / LLM_DIR).is_dir():
@@ -209,7 +222,7 @@ def make_processor(
 def make_params(config, model_config: AdaCM2Config, abstract: dict, root: pathlib.Path) -> dict:
     """Parameters to start from: the run's own, those of ``init_from``, or fresh ones."""
     if saved_steps(root):
-        return merge_params(restore_params(root, abstract), {})
+        return resume_params(root, abstract, config.init_from)
     if config.init_from:
         return start_params(
             config.init_from, model_config, abstract, config.init_missing, config.seed
@@ -233,6 +246,26 @@ def make_load(config, model_config: AdaCM2Config) -> LoadClip:
     return LoadClip(sampling, frames, size, data.jitter, data.on_truncated, data.resize)
 
 
+def make_dataset(config, model_config: AdaCM2Config, source, load: LoadClip):
+    """Clips to train on: decoded as they are needed, decoded before, or as the ViT's features."""
+    data, vision = config.data, model_config.vision
+    if data.features and data.cache:
+        raise UserError(
+            f"data.features = {data.features} and data.cache: decoded clips would not be read; "
+            "unset one"
+        )
+    if data.features:
+        return open_features(
+            data.features,
+            source,
+            load,
+            describe_vision(model_config),
+            (load.num_frames, vision.tokens_per_frame, vision.width),
+            "bfloat16" if model_config.feature_dtype == "bfloat16" else "float32",
+        )
+    return cached_clips(source, load, data.cache_dir) if data.cache else clips(source, load)
+
+
 def make_step(config) -> StepConfig:
     """How the training step is computed."""
     train = config.train
@@ -250,13 +283,16 @@ def make_batch(rows: dict, config, processor: Processor) -> Batch:
 def define_flags() -> None:
     config_flags.DEFINE_config_file("config", lock_config=True)
     flags.DEFINE_string("workdir", None, "Where the run is kept.", required=True)
+    flags.DEFINE_integer("profile", 0, "Steps to trace into WORKDIR/profile; 0: none.", 0)
 
 
 def main() -> None:
     if flags.FLAGS.config is None:
         raise UserError("--config is missing: name an experiment, such as configs/needle.py")
-    results = train_and_evaluate(flags.FLAGS.config, flags.FLAGS.workdir)
-    print(evaluation.table(results))
+    args = flags.FLAGS
+    results = train_and_evaluate(args.config, args.workdir, args.profile)
+    if is_main():
+        print(evaluation.table(results))
 
 
 if __name__ == "__main__":

@@ -4,10 +4,11 @@ One :class:`Answerer` may run several memory policies over the same frames, whic
 ViT once: that is how policies are compared, and why their differences are the policies' own.
 """
 
+import contextlib
 import dataclasses
-import functools
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from adacm2_jax.config import AdaCM2Config, MemoryConfig
 from adacm2_jax.errors import UserError
 from adacm2_jax.generate import GenerationConfig, generate
-from adacm2_jax.models.adacm2 import AdaCM2, Question, StreamState, call, init_state
+from adacm2_jax.models.adacm2 import AdaCM2, Question, StreamState, init_state, state_specs
 from adacm2_jax.processor import Processor
+from adacm2_jax.sharding import to_host
+from adacm2_jax.streaming import ROWS, encode, read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +81,8 @@ class Answerer:
         )
         self._rng = jax.random.key(rng_seed)
         sharding = jax.tree.leaves(params)[0].sharding
-        if isinstance(sharding, NamedSharding):
-            sharding = NamedSharding(sharding.mesh, PartitionSpec())
-        self._place = sharding
+        #: Where the parameters lie; None on a single device.
+        self._mesh: Any = sharding.mesh if isinstance(sharding, NamedSharding) else None
         self.models = {
             name: AdaCM2(dataclasses.replace(config, memory=memory))
             for name, memory in memories.items()
@@ -99,7 +101,7 @@ class Answerer:
         Raises:
           UserError: if a question is too long, or policy ``full`` cannot hold a video.
         """
-        question = jax.tree.map(jnp.asarray, self._processor.questions(questions))
+        question = self._processor.questions(questions)
         longest = int(np.max(total_frames))
         for name, model in self.models.items():
             memory = model.config.memory
@@ -113,8 +115,21 @@ class Answerer:
             for name, model in self.models.items()
         }
         self._rng, rng = jax.random.split(self._rng)
-        question, states = jax.device_put((question, states), self._place)
+        question = self._put(question, jax.tree.map(lambda _: ROWS, question))
+        states = {name: self._put(state, state_specs(state)) for name, state in states.items()}
         return Session(question, rng, states, dict.fromkeys(states, 0.0))
+
+    def _put(self, tree: Any, specs: Any) -> Any:
+        """On the mesh: divided as ``specs`` say where the videos divide, else everywhere."""
+        if self._mesh is None:
+            return jax.device_put(tree)
+
+        def place(leaf, spec):
+            axis = spec.index("data")
+            divides = leaf.shape[axis] % self._mesh.shape["data"] == 0
+            return NamedSharding(self._mesh, spec if divides else PartitionSpec())
+
+        return jax.device_put(tree, jax.tree.map(place, tree, specs))
 
     def observe(self, session: Session, frames: np.ndarray, valid: np.ndarray) -> None:
         """Reads a chunk into every policy's memory.
@@ -126,15 +141,21 @@ class Answerer:
         """
         start = time.perf_counter()
         model = next(iter(self.models.values()))
-        features = jax.block_until_ready(_encode(model, self._params, frames))
+        frames, valid = self._put((frames, valid), (ROWS, ROWS))
+        with self._on_mesh():
+            features = jax.block_until_ready(encode(model, self._params, frames))
         shared = time.perf_counter() - start
         for name, model in self.models.items():
             start = time.perf_counter()
             state = session.states[name]
-            state = _stream(model, self._params, features, valid, session.question, state)
+            with self._on_mesh():
+                state = read(model, self._params, features, valid, session.question, state)
             # Labelled alike, whatever the compiler chose: one program serves every chunk.
-            session.states[name] = jax.block_until_ready(jax.device_put(state, self._place))
+            session.states[name] = jax.block_until_ready(self._put(state, state_specs(state)))
             session.seconds[name] += shared + time.perf_counter() - start
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
     def answer(self, session: Session, name: str) -> list[list[Answer]]:
         """The answers under one policy: for each row the n best, best first.
@@ -149,10 +170,10 @@ class Answerer:
                 "the visual tokens are not finite: the parameters hold NaN or overflow in "
                 f"{self.models[name].config.dtype}; check the checkpoint, or use dtype float32"
             )
-        generated = _generate(
-            self.models[name], self._params, state, session.question, self._generation, session.rng
-        )
-        ids, scores = np.asarray(generated.ids), np.asarray(generated.scores)
+        model, options = self.models[name], (self._generation, session.rng)
+        with self._on_mesh():
+            generated = _generate(model, self._params, state, session.question, *options)
+        ids, scores = to_host((generated.ids, generated.scores))
         session.seconds[name] += time.perf_counter() - start
         return [
             [
@@ -161,16 +182,6 @@ class Answerer:
             ]
             for row in range(ids.shape[0])
         ]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(model: AdaCM2, params: dict, frames: jax.Array) -> jax.Array:
-    return call(model, params, "encode_frames", frames)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
-def _stream(model, params, features, valid, question, state) -> StreamState:
-    return call(model, params, "stream", features, valid, question, state)
 
 
 _generate = jax.jit(generate, static_argnums=(0, 4))

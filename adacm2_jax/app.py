@@ -5,6 +5,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+from adacm2_jax import distributed
 from adacm2_jax.errors import UserError
 
 
@@ -16,13 +17,20 @@ def run(
 ) -> None:
     """Parses absl flags, as ``complete`` fills them up, runs ``main`` and exits.
 
+    Flags that every script has: ``--debug``, and those that join several processes.
+
     An error that its reader can mend (a ``UserError``, one of ``user_errors``, a wrong flag or
-    configuration field) becomes one line on stderr and exit status 2; ``--debug`` shows where it
-    was raised.
+    configuration field, a full disk, another process that is gone) becomes one line on stderr and
+    exit status 2; ``--debug`` shows where it was raised.
     """
     from absl import flags, logging
 
     flags.DEFINE_boolean("debug", False, "Show the traceback of an error.")
+    flags.DEFINE_boolean("distributed", False, "One of several processes, as TPU or SLURM say.")
+    flags.DEFINE_string("coordinator", None, "host:port of process 0, to name them by hand.")
+    flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+    flags.DEFINE_integer("join_timeout", 300, "Seconds until all processes must have come.")
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
     debug = "--debug" in argv
@@ -34,15 +42,19 @@ def run(
         rest = flags.FLAGS(argv)[1:]
         if rest:
             raise UserError(f"unexpected argument {rest[0]!r}; flags start with --, try --help")
+        _join_others()
         status = main()
+        distributed.wait_for_all()
     except expected as error:
-        _report(error, debug)
-    except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
-        if not _from_configuration(error):
-            raise
         _report(error, debug)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if message := distributed.explain(error):
+            _report(UserError(message), debug, distributed.leave)
+        if not _from_configuration(error):
+            raise
+        _report(error, debug)
     else:
         sys.exit(status or 0)
 
@@ -57,15 +69,30 @@ def _check_config_file(argv: Sequence[str]) -> None:
                 raise UserError(f"--config {path}: no such file; experiments are in configs/")
 
 
+def _join_others() -> None:
+    from absl import flags
+
+    given = flags.FLAGS
+    distributed.initialize(
+        given.distributed,
+        given.coordinator,
+        given.num_processes,
+        given.process_id,
+        given.join_timeout,
+    )
+
+
 def _from_configuration(error: Exception) -> bool:
     """Whether ml_collections raised it while reading a configuration file or an override."""
+    if not isinstance(error, AttributeError | LookupError | TypeError | ValueError | OSError):
+        return False
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and any("ml_collections" in frame.filename for frame in frames[-3:])
 
 
-def _report(error: Exception, debug: bool) -> None:
+def _report(error: Exception, debug: bool, leave: Callable[[int], None] = sys.exit) -> None:
     if debug:
         traceback.print_exception(error)
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    leave(2)

@@ -5,13 +5,19 @@
     workdir/config.json                 the experiment, written once
     workdir/{qformer,llm}_tokenizer/    Hugging Face tokenizers
     workdir/frozen/                     parameters that never change, written once (if any)
-    workdir/checkpoints/<step>/         learned parameters, optimiser, data iterator
+    workdir/frozen.json                 or where they are: a converted checkpoint, its fingerprint
+    workdir/checkpoints/<step>/         learned parameters, optimiser, place in the data
 
-A converted checkpoint (``python -m adacm2_jax.port``) holds ``config.json`` with the model alone,
-the tokenizers, ``params/`` with all parameters and ``base.json``, which says where they are from.
+A converted checkpoint (``python -m adacm2_jax.port``), called a base, holds ``config.json`` with
+the model alone, the tokenizers, ``params/`` with all parameters and ``base.json``, which says where
+they are from. A run that starts from a base does not copy what it leaves as it is; what counts is
+the base's fingerprint, not its place.
 
 A step's directory gets its name when it is complete, so a killed process leaves at most a directory
 with a temporary name, which nobody reads.
+
+Of several processes each writes its shards, process 0 all else; the directory must be one that all
+of them share. Nothing on disk depends on the mesh or on the number of processes.
 """
 
 import contextlib
@@ -19,6 +25,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,11 +34,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import traverse_util
 
+from adacm2_jax.distributed import is_main, wait_for_all
 from adacm2_jax.errors import UserError
 from adacm2_jax.train_step import TrainState
 
 #: Directory of all parameters in a converted checkpoint.
 PARAMS_DIR = "params"
+#: Of a run that starts from a base: where that is, and its fingerprint.
+LINK = "frozen.json"
 
 
 class Checkpoints:
@@ -40,23 +50,29 @@ class Checkpoints:
     Args:
       workdir: of the run.
       keep: how many of the newest steps stay on disk.
+      keep_every: steps that divide by it stay for ever; 0: none.
     """
 
-    def __init__(self, workdir: str | os.PathLike, keep: int = 2):
+    def __init__(self, workdir: str | os.PathLike, keep: int = 2, keep_every: int = 0):
         self._workdir = pathlib.Path(workdir).absolute()
+        policies = ocp.checkpoint_managers
+        stay: list = [policies.LatestN(keep)]
+        stay += [policies.EveryNSteps(keep_every)] if keep_every else []
         self._manager = ocp.CheckpointManager(
             self._workdir / "checkpoints",
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, create=True, cleanup_tmp_directories=True
+                preservation_policy=policies.AnyPreservationPolicy(stay),
+                create=True,
+                cleanup_tmp_directories=True,
             ),
         )
 
-    def save(self, state: TrainState, data: Any) -> None:
-        """Saves a step in the background.
+    def save(self, state: TrainState, data: dict) -> None:
+        """Saves a step in the background; an error of the save before it is raised here.
 
         Args:
           state: after the step.
-          data: how Orbax saves the data iterator's place, e.g. ``grain.checkpoint.CheckpointSave``.
+          data: the place in the data, for JSON.
         """
         step = int(state.step)
         if step == self._manager.latest_step():
@@ -66,28 +82,38 @@ class Checkpoints:
             args=ocp.args.Composite(
                 learned=ocp.args.StandardSave(state.learned),
                 optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
-                data=data,
+                data=ocp.args.JsonSave(data),
             ),
         )
 
-    def save_frozen(self, frozen: dict) -> None:
-        """Writes the frozen parameters before the first step is saved, in place of older ones."""
+    def save_frozen(self, frozen: dict, init_from: str = "") -> None:
+        """Writes the frozen parameters before the first step is saved, in place of older ones.
+
+        Args:
+          frozen: by path.
+          init_from: what the run starts from. What a base has is not written, but named.
+        """
+        if is_main() and (self._workdir / "frozen").exists():
+            shutil.rmtree(self._workdir / "frozen")
+        wait_for_all()
+        if init_from and is_base(init_from):
+            stored = stored_shapes(_absolute(init_from) / PARAMS_DIR)
+            write_link(self._workdir, init_from)
+            frozen = {path: leaf for path, leaf in frozen.items() if path not in stored}
         if frozen:
             with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(self._workdir / "frozen", frozen, force=True)
+                checkpointer.save(self._workdir / "frozen", frozen)
 
     @property
     def latest_step(self) -> int | None:
         """The newest complete step, or None."""
         return self._manager.latest_step()
 
-    def restore(self, state: TrainState, data: Any) -> TrainState:
-        """The newest step, in the shapes and on the devices of ``state``.
+    def restore(self, state: TrainState) -> tuple[TrainState, dict]:
+        """The newest step, in the shapes and on the devices of ``state``; its place in the data.
 
         Args:
-          state: of the run's shapes.
-          data: how Orbax puts the data iterator in its place, e.g.
-            ``grain.checkpoint.CheckpointRestore``.
+          state: of the run's shapes; on any mesh.
 
         Raises:
           UserError: if the checkpoint is damaged.
@@ -100,12 +126,12 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     learned=ocp.args.StandardRestore(_abstract(state.learned)),
                     optimizer=ocp.args.StandardRestore(_abstract(optimizer)),
-                    data=data,
+                    data=ocp.args.JsonRestore(),
                 ),
             )
         except Exception as error:
             raise _damaged(self._workdir / "checkpoints" / str(step) / "*", error) from error
-        return state.replace(learned=restored["learned"], **restored["optimizer"])
+        return state.replace(learned=restored["learned"], **restored["optimizer"]), restored["data"]
 
     def wait(self) -> None:
         """Waits until what is being written is complete."""
@@ -129,8 +155,46 @@ def is_base(directory: str | os.PathLike) -> bool:
 
 def read_base(directory: str | os.PathLike) -> dict:
     """What a converted checkpoint says of itself: ``fingerprint``, ``sources`` …; {} for a run."""
-    path = epath.Path(directory) / "base.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return _read_json(epath.Path(directory) / "base.json")
+
+
+def read_link(workdir: str | os.PathLike) -> dict:
+    """``path`` and ``fingerprint`` of the base that a run has its frozen parameters of; or {}."""
+    return _read_json(epath.Path(workdir) / LINK)
+
+
+def write_link(workdir: str | os.PathLike, base: str | os.PathLike) -> None:
+    """Notes where the base of a run is; process 0 alone does."""
+    link = {"path": str(_absolute(base)), "fingerprint": read_base(base)["fingerprint"]}
+    if is_main():
+        write_json(epath.Path(workdir) / LINK, link)
+
+
+def find_base(workdir: str | os.PathLike, init_from: str = "") -> epath.Path | None:
+    """The base that a run has its frozen parameters of; None if it keeps them itself.
+
+    Args:
+      workdir: of the run.
+      init_from: where the base may be now; else it is where it was when the run started.
+
+    Raises:
+      UserError: if it is in neither place.
+    """
+    link = read_link(workdir)
+    if not link:
+        return None
+    found = []
+    for place in filter(None, dict.fromkeys([init_from, link["path"]])):
+        fingerprint = read_base(place).get("fingerprint")
+        if fingerprint == link["fingerprint"]:
+            return _absolute(place)
+        what = f"another one, fingerprint {fingerprint[:12]}" if fingerprint else "none"
+        found.append(f"there is {what} at {place}")
+    raise UserError(
+        f"{workdir} needs the converted checkpoint with fingerprint {link['fingerprint'][:12]} for "
+        f"its frozen parameters, but {' and '.join(found)}; if it has moved, name its place: "
+        "--config.init_from=NEW"
+    )
 
 
 def find_params(
@@ -138,6 +202,7 @@ def find_params(
     abstract: dict,
     step: int | None = None,
     missing: Sequence[str] = (),
+    base: str = "",
 ) -> dict[epath.Path, dict[str, jax.ShapeDtypeStruct]]:
     """Where a model's parameters are, without reading one.
 
@@ -146,6 +211,7 @@ def find_params(
       abstract: the parameter tree as ``jax.ShapeDtypeStruct`` leaves with shardings.
       step: of a run: which; by default the newest.
       missing: regular expressions over paths that need not be there.
+      base: see :func:`find_base`.
 
     Returns:
       The leaves of ``abstract`` by path, for each Orbax tree that holds some of them.
@@ -156,19 +222,15 @@ def find_params(
     flat = traverse_util.flatten_dict(abstract, sep="/")
     found: dict = {}
     lines = []
-    with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
-        for part in param_trees(directory, step):
-            try:
-                tree = handler.metadata(part).tree
-                stored = {path: tuple(leaf.shape) for path, leaf in tree.items()}
-            except Exception as error:
-                raise _damaged(part, error) from error
-            found[part] = {path: flat[path] for path in stored if path in flat}
-            for path, shape in sorted(stored.items()):
-                if path not in flat:
-                    lines.append(f" - {path} {shape}")
-                elif shape != flat[path].shape:
-                    lines += [f" - {path} {shape}", f" + {path} {flat[path].shape}"]
+    for part in param_trees(directory, step, base):
+        stored = stored_shapes(part)
+        before = {path for paths in found.values() for path in paths}
+        found[part] = {p: flat[p] for p in stored if p in flat and p not in before}
+        for path, shape in sorted(stored.items()):
+            if path not in flat:
+                lines.append(f" - {path} {shape}")
+            elif shape != flat[path].shape and path not in before:
+                lines += [f" - {path} {shape}", f" + {path} {flat[path].shape}"]
     if lines:
         raise UserError(
             f"{directory} holds parameters of another model (- stored, + expected):\n"
@@ -184,11 +246,26 @@ def find_params(
     return found
 
 
+def stored_shapes(tree: epath.Path) -> dict[str, tuple[int, ...]]:
+    """path → shape of what an Orbax tree with flat names holds.
+
+    Raises:
+      UserError: if it is damaged.
+    """
+    try:
+        with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+            stored = handler.metadata(tree).tree
+            return {path: tuple(leaf.shape) for path, leaf in stored.items()}
+    except Exception as error:
+        raise _damaged(tree, error) from error
+
+
 def restore_params(
     directory: str | os.PathLike,
     abstract: dict,
     step: int | None = None,
     missing: Sequence[str] = (),
+    base: str = "",
 ) -> dict[str, jax.Array]:
     """The parameters that :func:`find_params` finds, by path: on any mesh, on one device.
 
@@ -196,21 +273,27 @@ def restore_params(
       UserError: as :func:`find_params` does.
     """
     restored: dict = {}
-    with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
-        for part, wanted in find_params(directory, abstract, step, missing).items():
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+        for part, wanted in find_params(directory, abstract, step, missing, base).items():
             try:
-                restored |= handler.restore(part, args=ocp.args.StandardRestore(wanted))
+                places = ocp.checkpoint_utils.construct_restore_args(wanted)
+                args = ocp.args.PyTreeRestore(wanted, restore_args=places, partial_restore=True)
+                restored |= handler.restore(part, args=args)
             except Exception as error:
                 raise _damaged(part, error) from error
     return restored
 
 
-def param_trees(directory: str | os.PathLike, step: int | None = None) -> list[epath.Path]:
-    """The Orbax trees, with flat names, that make up a model.
+def param_trees(
+    directory: str | os.PathLike, step: int | None = None, base: str = ""
+) -> list[epath.Path]:
+    """The Orbax trees, with flat names, that make up a model; of a path that is in several, the
+    first counts.
 
     Args:
       directory: of a run, or of a converted checkpoint.
       step: of a run: which; by default the newest.
+      base: see :func:`find_base`.
 
     Raises:
       UserError: if there is none.
@@ -228,6 +311,8 @@ def param_trees(directory: str | os.PathLike, step: int | None = None) -> list[e
     if step not in steps:
         raise UserError(f"{root}: no checkpoint of step {step}; there are {steps}")
     frozen = [root / "frozen"] if (root / "frozen").exists() else []
+    linked = find_base(root, base)
+    frozen += [linked / PARAMS_DIR] if linked else []
     return [root / "checkpoints" / str(step) / "learned", *frozen]
 
 
@@ -237,8 +322,9 @@ def _absolute(directory: str | os.PathLike) -> epath.Path:
 
 
 def write_config(workdir: str | os.PathLike, config: dict) -> None:
-    """Writes ``config.json`` beside, then renames it."""
-    write_json(epath.Path(workdir) / "config.json", config)
+    """Writes ``config.json`` beside, then renames it; process 0 alone does."""
+    if is_main():
+        write_json(epath.Path(workdir) / "config.json", config)
 
 
 def read_config(workdir: str | os.PathLike) -> dict:
@@ -286,6 +372,10 @@ def check_same(
             f"{workdir} holds a run of another configuration (- stored, + this command); use "
             "another --workdir, or the stored values:\n" + "\n".join(lines)
         )
+
+
+def _read_json(path: epath.Path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def write_json(path: pathlib.Path | epath.Path, value: Any) -> None:

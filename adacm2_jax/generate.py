@@ -214,7 +214,7 @@ def search(
     beams, longest = config.num_beams, config.max_new_tokens
     if beams > 1:
         choose = partial(_choose_beams, config=config)
-        cache = _take_rows(cache, jnp.repeat(jnp.arange(batch), beams))
+        cache = _take_beams(cache, jnp.zeros((batch, beams), jnp.int32))
         logits = jnp.repeat(logits, beams, axis=0)
     else:
         keys = _row_keys(config, batch, rng)
@@ -307,13 +307,13 @@ def _choose_beams(state: DecodeState, logits: jax.Array, config: GenerationConfi
 
     open_ones = replace(candidates, scores=jnp.where(ends, -jnp.inf, score))
     running, chosen = _best(open_ones, beams)
-    parent = jnp.take_along_axis(beam, chosen, axis=1) + beams * jnp.arange(batch)[:, None]
+    parent = jnp.take_along_axis(beam, chosen, axis=1)
     # transformers' rule for early_stopping=False: the best open beam, were it to end now, does not
     # beat the worst of K ended ones.
     improves = running.scores[:, 0] / norm > finished.scores[:, -1]
     return DecodeState(
         step=step + 1,
-        cache=_take_rows(state.cache, parent.reshape(-1)),
+        cache=_take_beams(state.cache, parent),
         running=running,
         finished=finished,
         done=state.done | ~improves,
@@ -378,8 +378,21 @@ def _best(sequences: Generated, count: int) -> tuple[Generated, jax.Array]:
     ), index
 
 
-def _take_rows(cache: KVCache, rows: jax.Array) -> KVCache:
-    return replace(cache, key=cache.key[:, rows], value=cache.value[:, rows], mask=cache.mask[rows])
+def _take_beams(cache: KVCache, parent: jax.Array) -> KVCache:
+    """The cache of the chosen beams: int32[B, K], each row's parents among its own rows.
+
+    Row by row, so that on a mesh no device needs another one's rows.
+    """
+    batch = len(parent)
+
+    def take(leaf: jax.Array, axis: int) -> jax.Array:
+        rows = leaf.reshape(leaf.shape[:axis] + (batch, -1) + leaf.shape[axis + 1 :])
+        pick = jax.vmap(lambda row, chosen: jnp.take(row, chosen, axis), (axis, 0), axis)
+        return pick(rows, parent).reshape(leaf.shape[:axis] + (-1,) + leaf.shape[axis + 1 :])
+
+    return replace(
+        cache, key=take(cache.key, 1), value=take(cache.value, 1), mask=take(cache.mask, 0)
+    )
 
 
 def _row_keys(config: GenerationConfig, batch: int, rng: jax.Array | None) -> jax.Array | None:

@@ -16,6 +16,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from adacm2_jax.errors import UserError
@@ -158,7 +160,7 @@ def on_every_shard(function: Callable, rows: int, in_specs: Any, out_specs: Any)
       in_specs, out_specs: of ``jax.shard_map``, with ``data`` on the axis of the batch.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if "data" not in mesh.axis_names or rows % mesh.shape["data"]:
+    if mesh.empty or mesh.size == 1 or rows % mesh.shape["data"]:
         return function
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
@@ -186,7 +188,18 @@ def rows_sharded(x: jax.Array) -> jax.Array:
     """Says that axis 0 is the batch: left to itself the compiler may compute all rows everywhere
     to spare a gather of weights."""
     mesh = jax.sharding.get_abstract_mesh()
-    if "data" not in mesh.auto_axes or len(x) % mesh.shape["data"]:
+    if mesh.empty or mesh.size == 1 or len(x) % mesh.shape["data"]:
         return x
     spec = PartitionSpec("data", *(PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1))
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def to_host(tree: Any) -> Any:
+    """Arrays as numpy, whole, also where this process holds a part of them alone."""
+
+    def fetch(leaf):
+        if leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return np.asarray(leaf)
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.tree.map(fetch, tree)

@@ -7,11 +7,13 @@ from flax import traverse_util
 
 from adacm2_jax.checkpoint import (
     check_same,
+    find_base,
     find_params,
     is_base,
     read_base,
     read_config,
     restore_params,
+    write_link,
 )
 from adacm2_jax.config import AdaCM2Config, to_dict
 from adacm2_jax.optim import merge_params
@@ -53,6 +55,23 @@ def start_params(
         print(f"not in {source}, starts fresh: {', '.join(absent)}", flush=True)
         found |= fresh_params(config, abstract, seed, absent)
     return merge_params(found, {})
+
+
+def resume_params(workdir: str | os.PathLike, abstract: dict, init_from: str = "") -> dict:
+    """The parameter tree of a run's newest step; notes where its base is now.
+
+    Args:
+      workdir: of the run.
+      abstract: as for :func:`start_params`.
+      init_from: where its base may be, see ``checkpoint.find_base``.
+
+    Raises:
+      UserError: if the checkpoint is damaged, or its base is not there.
+    """
+    params = merge_params(restore_params(workdir, abstract, base=init_from), {})
+    if base := find_base(workdir, init_from):
+        write_link(workdir, base)
+    return params
 
 
 def check_start(

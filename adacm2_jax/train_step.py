@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Collection
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,11 +69,11 @@ def abstract_train_state(
         transform_non_params=lambda _: replicated(mesh),
     )
 
-    def shape(leaf, place) -> jax.ShapeDtypeStruct:
+    def shape(leaf, place) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
     return TrainState(
-        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)),
+        step=shape(jax.eval_shape(lambda: jnp.int32(0)), replicated(mesh)),
         learned={path: shape(leaf, leaf.sharding) for path, leaf in learned.items()},
         frozen={path: shape(leaf, leaf.sharding) for path, leaf in frozen.items()},
         opt_state=jax.tree.map(shape, shapes, places),

@@ -16,13 +16,14 @@ the choice of tokens is deterministic. Under policy ``merge`` the banks are cons
 a mean over frames has no finite set of features that it could be computed from again.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec
 
+from adacm2_jax.memory import VideoMemory
 from adacm2_jax.models.adacm2 import (
     AdaCM2,
     Question,
@@ -32,9 +33,7 @@ from adacm2_jax.models.adacm2 import (
     state_specs,
 )
 from adacm2_jax.sharding import on_every_shard
-
-#: The parameters that phase one needs. The language model's are split over devices.
-PARTS = ("vision", "ln_vision", "temporal_embed", "qformer")
+from adacm2_jax.streaming import ROWS, replicated_parts
 
 
 class Watched(struct.PyTreeNode):
@@ -72,13 +71,15 @@ def watch(
     Returns:
       What :func:`last_step` goes on from; it has no gradient.
     """
-    params = jax.lax.stop_gradient({part: params[part] for part in PARTS})
-    rows, specs = PartitionSpec("data"), state_specs(state)
+    params = jax.lax.stop_gradient(replicated_parts(params))
+    specs = state_specs(state)
+    slots: Any = PartitionSpec(None, "data")
+    rows: Any = ROWS
     run = on_every_shard(
         lambda *arrays: _watch(model, chunk, *arrays),
         len(valid),
-        (PartitionSpec(), rows, rows, rows, specs),
-        Watched(specs, PartitionSpec(None, "data"), rows),
+        (PartitionSpec(), ROWS, ROWS, ROWS, specs),
+        Watched(specs, slots, rows),
     )
     return jax.lax.stop_gradient(run(params, frames, valid, question, state))
 
@@ -126,7 +127,7 @@ def _watch(
         place = jnp.clip(last - start, 0, size - 1)
         newest = jnp.take_along_axis(features, place[:, None, None, None], axis=1)[:, 0]
         return Watched(
-            state=state,
+            state=state.replace(queries=watched.state.queries),  # nobody reads these
             slots=_remember(watched, features, part(before), state),
             newest=jnp.where(here[:, None, None], newest, watched.newest),
         )
@@ -149,7 +150,7 @@ def _nothing(model: AdaCM2, state: StreamState) -> Watched:
     batch, width, dtype = len(state.frames_seen), c.vision.width, jnp.dtype(c.feature_dtype)
     layers, slots = 0, 0
     if c.memory.policy != "merge":
-        layers, _, slots = state.memory.slots.shape
+        layers, _, slots = cast(VideoMemory, state.memory).slots.shape
         layers = 1 if layers_alike(c) else layers
     return Watched(
         state=state,
@@ -184,6 +185,6 @@ def _remember(
         new = jnp.take_along_axis(flat, (place * tokens + patch)[..., None], axis=1)
         return jnp.where((number >= 0)[..., None], new, slots)
 
-    memory: Any = state.memory
+    memory = cast(VideoMemory, state.memory)
     layers = len(watched.slots)
     return jax.lax.map(layer, (watched.slots, memory.frame[:layers], memory.patch[:layers]))

@@ -28,6 +28,7 @@ def get_config(arguments: str = "weights,train.jsonl,test.jsonl") -> ml_collecti
     config.data.sampling.num_frames = config.train.num_frames = 100
     config.train.batch_size = 64
     config.train.steps = 10_000
+    config.train.chunk = 10
     config.optim.learning_rate = 1e-4
     config.optim.warmup_steps = 1000
     config.optim.groups = (("(vision|llm)/.*", None), (".*", 1.0))

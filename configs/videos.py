@@ -23,6 +23,7 @@ def get_config(files: str = "train.jsonl,test.jsonl") -> ml_collections.ConfigDi
     config.data.jsonl = {"train": train, "test": test or train}
     config.data.jitter = True
     config.data.sampling.num_frames = config.train.num_frames = 8
+    config.train.gradient = "scan"  # the ViT learns
     config.train.batch_size = 8
     config.optim.learning_rate = 3e-4
     config.optim.groups = ((".*", 1.0),)

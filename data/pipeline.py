@@ -87,6 +87,56 @@ def clips(source: Sequence[Example], load: LoadClip) -> grain.MapDataset:
     return grain.MapDataset.source(Indexed(source)).seed(0).random_map(load)
 
 
+class TrainingBatches:
+    """An endless iterator over shuffled batches of one process, see :func:`training_batches`.
+
+    Attributes:
+      examples: how many have been handed out so far, over all processes: the iterator's whole
+        state.
+    """
+
+    def __init__(
+        self,
+        dataset: grain.MapDataset,
+        batch_size: int,
+        seed: int,
+        workers: int,
+        rank: int,
+        world: int,
+    ):
+        self._rows = dataset.seed(seed).shuffle().repeat()
+        self._batch_size, self._workers = batch_size, workers
+        self._rank, self._world = rank, world
+        self._reader: grain.DatasetIterator | None = None
+        self.examples = 0
+
+    def __iter__(self) -> TrainingBatches:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        if self._reader is None:
+            rows = self._rows[self.examples + self._rank :: self._world]
+            # Endless rows leave no remainder; counting it overflows where batch_size is 1.
+            size = self._batch_size // self._world
+            self._reader = iter_batches(
+                rows.batch(size, drop_remainder=True, batch_fn=stack), self._workers
+            )
+        batch = next(self._reader)
+        self.examples += self._batch_size
+        return batch
+
+    def seek(self, examples: int) -> None:
+        """Goes on after so many examples, as if they had been handed out."""
+        self.close()
+        self.examples = examples
+
+    def close(self) -> None:
+        """Ends worker processes and threads."""
+        if self._reader is not None:
+            self._reader.close()
+        self._reader = None
+
+
 def training_batches(
     dataset: grain.MapDataset,
     *,
@@ -95,31 +145,37 @@ def training_batches(
     workers: int = 0,
     rank: int = 0,
     world: int = 1,
-) -> grain.DatasetIterator:
+) -> TrainingBatches:
     """An endless iterator over shuffled batches of this process.
 
-    The order depends on ``seed`` alone. The iterator's state can be saved and restored (with
-    Orbax), by as many ``workers``, and goes on with the very next batch.
+    There is one order of examples, that of all processes together: position ``epoch · N + place``,
+    where every epoch is a permutation of its own of the ``N`` examples. Batch ``g`` is positions
+    ``g · batch_size`` to ``(g + 1) · batch_size``; one may hold the end of an epoch and the start
+    of the next, so nothing is dropped or repeated, whatever ``N`` is. Process ``r`` of ``w`` reads
+    rows ``r``, ``r + w`` … of each batch, and those alone.
+
+    The order depends on ``seed`` and ``N`` alone. How many examples were handed out
+    (``TrainingBatches.examples``) is therefore all that has to be kept: a new iterator that seeks
+    there goes on with the very next example, with any number of processes, workers and rows.
 
     Args:
       dataset: from :func:`clips` or ``data.cache.cached_clips``.
-      batch_size: rows of a batch in this process.
+      batch_size: rows of a batch, over all processes.
       seed: of the shuffling.
       workers: processes that decode; 0 decodes in threads of this one.
-      rank, world: this process and their number; each takes every ``world``-th example.
+      rank, world: this process and their number.
 
     Raises:
-      DataError: if there are fewer examples than processes times rows.
+      DataError: if there are fewer examples than rows, or the rows do not divide over processes.
     """
-    if len(dataset) < batch_size * world:
+    if len(dataset) < batch_size:
         raise DataError(
-            f"{len(dataset)} training examples do not fill one batch of {batch_size * world}; "
+            f"{len(dataset)} training examples do not fill one batch of {batch_size}; "
             "lower batch_size"
         )
-    rows = dataset.seed(seed).shuffle()[rank::world].repeat()
-    # Endless rows leave no remainder; counting it overflows where batch_size is 1.
-    batches = rows.batch(batch_size, drop_remainder=True, batch_fn=stack)
-    return iter_batches(batches, workers)
+    if batch_size % world:
+        raise DataError(f"batch_size = {batch_size} does not divide over {world} processes")
+    return TrainingBatches(dataset, batch_size, seed, workers, rank, world)
 
 
 def iter_batches(batches: grain.MapDataset, workers: int) -> grain.DatasetIterator:

@@ -4,16 +4,19 @@ Prints one JSON object: for each mesh what the loss is, how far the gradients ar
 device, and how the language model's weights are split.
 """
 
-import contextlib
 import dataclasses
 import json
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
-from adacm2_jax.models.adacm2 import Question, init_params
+from adacm2_jax import streaming
+from adacm2_jax.models.adacm2 import AdaCM2, Question, init_params, init_state, state_specs
 from adacm2_jax.optim import make_optimizer, split_params
+from adacm2_jax.plan.hlo import read as read_hlo
+from adacm2_jax.plan.loops import frame_loops, loop_name
 from adacm2_jax.sharding import make_mesh, param_shardings, replicated, shard_batch
 from adacm2_jax.train_step import (
     Batch,
@@ -24,7 +27,7 @@ from adacm2_jax.train_step import (
 )
 from tests.small import small_model
 
-ROWS, FRAMES = 8, 3
+ROWS, FRAMES = 8, 7
 HOW = StepConfig(chunk=2)
 
 
@@ -49,23 +52,44 @@ def make_batch(config) -> Batch:
     )
 
 
-@contextlib.contextmanager
-def compilations():
-    """A list that grows with every program that XLA compiles, within a block."""
-    found: list[str] = []
+def frame_collectives(compiled) -> dict:
+    """What devices exchange within the loops over frames, and which loops there are."""
+    program = read_hlo(compiled)
+    loops = frame_loops(program)
+    return {
+        "loops": sorted({loop_name(loop, program) for loop in loops}),
+        "all": len(program.collectives),
+        "found": [
+            [collective.kind, list(map(list, collective.shapes))]
+            for collective in program.collectives
+            if set(collective.loops) & set(loops)
+        ],
+    }
 
-    def note(event: str, _: float, **__) -> None:
-        found.extend([event] if event.endswith("backend_compile_duration") else [])
 
-    jax.monitoring.register_event_duration_secs_listener(note)
-    try:
-        yield found
-    finally:
-        jax.monitoring.unregister_event_duration_listener(note)
+def stream_on(mesh, config) -> dict:
+    """The streaming step of evaluation: the memory after two chunks, and its collectives."""
+    model, batch = AdaCM2(config), make_batch(config)
+    boxed = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    values = nn.unbox(jax.jit(lambda key: init_params(config, key))(jax.random.key(0)))
+    params = jax.device_put(jax.device_get(values), param_shardings(boxed, mesh))
+    state = init_state(config, jax.numpy.asarray(batch.valid.sum(1)))
+    places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(state))
+    state = jax.device_put(state, places)
+    question, valid = shard_batch((batch.question, batch.valid[:, :3]), mesh)
+    program = None
+    with jax.set_mesh(mesh):
+        for start in (0, 3):
+            frames = shard_batch(batch.frames[:, start : start + 3], mesh)
+            features = streaming.encode(model, params, frames)
+            arguments = params, features, valid, question, state
+            program = program or streaming.read.lower(model, *arguments).compile()
+            state = program(*arguments)  # refuses a state that lies elsewhere than the first one
+    return {"queries": np.asarray(state.queries), "collectives": frame_collectives(program)}
 
 
-def step_on(mesh, config) -> tuple[dict, dict, dict]:
-    """Metrics, the first moments (a tenth of the gradients), and the learned parameters."""
+def step_on(mesh, config) -> tuple[dict, dict, dict, dict]:
+    """Metrics, first moments (a tenth of the gradients), learned parameters, and collectives."""
     boxed = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
     # Values are made on one device: random numbers need not be equal on every mesh.
     values = nn.unbox(jax.jit(lambda key: init_params(config, key))(jax.random.key(0)))
@@ -85,14 +109,13 @@ def step_on(mesh, config) -> tuple[dict, dict, dict]:
     state = init_train_state(learned, frozen, rule, mesh)
     batch = shard_batch(make_batch(config), mesh)
     assert len(batch.frames.addressable_shards) == mesh.size
-    train_step = make_train_step(config, rule, 0, state, HOW)
     with jax.set_mesh(mesh):
-        state, metrics = train_step(state, batch)
-        moments = jax.tree.map(np.asarray, state.opt_state[1][0].mu)
-        with compilations() as compiled:
-            state, _ = jax.block_until_ready(train_step(state, batch))
-    assert not compiled, "the second step runs the program of the first"
-    return jax.device_get(metrics), moments, state.learned
+        train_step = make_train_step(config, rule, 0, state, HOW).lower(state, batch).compile()
+    state, metrics = train_step(state, batch)
+    moments = jax.tree.map(np.asarray, state.opt_state[1][0].mu)
+    state, _ = train_step(state, batch)  # refuses a state that lies elsewhere than the first one
+    collectives = frame_collectives(train_step)
+    return jax.device_get(metrics), moments, state.learned, collectives
 
 
 def loss_of_three_videos(mesh, config) -> float:
@@ -117,11 +140,13 @@ def main() -> None:
         llm=dataclasses.replace(small.llm, num_heads=4, num_kv_heads=4),
     )
     one = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
-    metrics, moments, _ = step_on(one, config)
+    metrics, moments, *_ = step_on(one, config)
+    streamed = stream_on(one, config)
     odd = [loss_of_three_videos(mesh, config) for mesh in (one, make_mesh((8, 1)))]
     report = {"loss": float(metrics["loss"]), "odd": odd}
     for shape in ((8, 1), (4, 2), (2, 4)):
-        other, found, learned = step_on(make_mesh(shape), config)
+        other, found, learned, collectives = step_on(make_mesh(shape), config)
+        parted = stream_on(make_mesh(shape), config)
         # Key biases cancel in the softmax: their gradients are zero but for rounding.
         least = max(np.abs(leaf).max() for leaf in moments.values()) / 50
         apart = {
@@ -130,6 +155,8 @@ def main() -> None:
         }
         report["x".join(map(str, shape))] = {
             "loss": float(other["loss"]),
+            "collectives": {"train": collectives, "stream": parted["collectives"]},
+            "streamed": float(np.abs(parted["queries"] - streamed["queries"]).max()),
             "apart": max(apart.values()),
             "worst": max(apart, key=lambda name: apart[name]),
             "share": {

@@ -23,6 +23,12 @@ from configs.base import base_config
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 QUESTION = "which digit was on the red ground?"
 STEPS = 9
+#: Flags of all scripts, which define them anew each time.
+SCRIPT_FLAGS = (
+    "config workdir profile video question output debug "
+    "split dtype shards rows runner beam "
+    "distributed coordinator num_processes process_id join_timeout"
+).split()
 
 
 def small_model(**overrides) -> AdaCM2Config:
@@ -95,7 +101,7 @@ def run_script(script: str, *arguments: object) -> int:
     finally:
         sys.argv = argv
         for name in list(flags.FLAGS):
-            if name.split(".")[0] in ("config", "workdir", "video", "question", "output", "debug"):
+            if name.split(".")[0] in SCRIPT_FLAGS:
                 delattr(flags.FLAGS, name)
         flags.FLAGS.unparse_flags()
     raise AssertionError(f"{script} did not exit")

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import adacm2_jax.answer as answer
+from adacm2_jax import streaming
 from adacm2_jax.answer import Answerer
 from adacm2_jax.config import MemoryConfig
 from adacm2_jax.errors import UserError
@@ -118,13 +119,14 @@ def test_policies_keep_what_they_promise(make):
 
 
 def test_a_chunk_is_compiled_once_for_any_length_of_video(make):
-    for function in (answer._encode, answer._stream, answer._generate):
+    functions = streaming.encode, streaming.read, answer._generate
+    for function in functions:
         function.clear_cache()
     read(make(("adacm2",)), [QUESTION], frames(1, 3))
-    compiled = [f._cache_size() for f in (answer._encode, answer._stream, answer._generate)]
+    compiled = [function._cache_size() for function in functions]
     read(make(("adacm2",)), [QUESTION], frames(1, 41))
     assert compiled == [1, 1, 1]
-    assert [f._cache_size() for f in (answer._encode, answer._stream, answer._generate)] == compiled
+    assert [function._cache_size() for function in functions] == compiled
 
 
 def test_a_video_longer_than_full_can_hold_is_refused(make):

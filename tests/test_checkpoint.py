@@ -3,16 +3,18 @@
 import json
 import os
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from adacm2_jax.checkpoint import (
     Checkpoints,
     check_same,
+    find_base,
     read_config,
+    read_link,
     restore_params,
     saved_steps,
     write_config,
@@ -34,10 +36,6 @@ def make_state(step: int) -> TrainState:
     )
 
 
-def make_batches():
-    return iter(grain.MapDataset.source(range(100)).seed(0).shuffle().repeat().to_iter_dataset())
-
-
 def abstract(dtype=None) -> dict:
     def like(leaf):
         return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=SHARDING)
@@ -55,10 +53,8 @@ def run(tmp_path):
     """Steps 1, 2 and 3 saved, the newest two kept."""
     checkpoints = Checkpoints(tmp_path, keep=2)
     checkpoints.save_frozen(make_state(0).frozen)
-    batches = make_batches()
     for step in (1, 2, 3):
-        next(batches)
-        checkpoints.save(make_state(step), grain.checkpoint.CheckpointSave(batches))
+        checkpoints.save(make_state(step), {"examples": 8 * step})
     checkpoints.close()
     return tmp_path
 
@@ -67,21 +63,27 @@ def assert_same(one, other):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-def test_a_restored_state_is_the_saved_one_and_the_data_go_on(run):
-    batches, reference = make_batches(), make_batches()
-    expected = [next(reference) for _ in range(5)]
+def test_a_restored_state_is_the_saved_one_with_its_place_in_the_data(run):
     checkpoints = Checkpoints(run)
     assert checkpoints.latest_step == 3 and saved_steps(run) == [2, 3]
-    restored = checkpoints.restore(make_state(0), grain.checkpoint.CheckpointRestore(batches))
+    restored, place = checkpoints.restore(make_state(0))
     checkpoints.close()
     assert_same(restored, make_state(3))
-    assert [next(batches) for _ in range(2)] == expected[3:]
+    assert place == {"examples": 24}
+
+
+def test_every_nth_step_stays_for_ever(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1, keep_every=4)
+    for step in (2, 4, 5, 8, 10, 11):
+        checkpoints.save(make_state(step), {})
+    checkpoints.close()
+    assert saved_steps(tmp_path) == [4, 8, 11]
 
 
 def test_a_step_is_saved_once(run):
     checkpoints = Checkpoints(run)
     before = {p: p.stat().st_mtime_ns for p in (run / "checkpoints" / "3").rglob("*")}
-    checkpoints.save(make_state(3), grain.checkpoint.CheckpointSave(make_batches()))
+    checkpoints.save(make_state(3), {})
     checkpoints.close()
     assert {p: p.stat().st_mtime_ns for p in (run / "checkpoints" / "3").rglob("*")} == before
 
@@ -103,9 +105,74 @@ def test_frozen_parameters_of_an_earlier_start_are_replaced(tmp_path):
         checkpoints.save_frozen({"vision/c": jnp.full(5, value, jnp.bfloat16)})
         checkpoints.close()
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(make_state(1), grain.checkpoint.CheckpointSave(make_batches()))
+    checkpoints.save(make_state(1), {})
     checkpoints.close()
     assert (restore_params(tmp_path, abstract())["vision/c"] == 2).all()
+
+
+def make_base(path, fingerprint: str, value: float = 3.0):
+    """A converted checkpoint as ``adacm2_jax.port`` leaves it, with all parameters of the model."""
+    state = make_state(0)
+    params = {name: jnp.full_like(leaf, value) for name, leaf in state.learned.items()}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path.absolute() / "params", params | state.frozen)
+    write_json(path / "base.json", {"fingerprint": fingerprint})
+    return path
+
+
+@pytest.fixture
+def linked(tmp_path):
+    """A run that started from a base, and the base."""
+    base, run = make_base(tmp_path / "base", "a1b2"), tmp_path / "run"
+    checkpoints = Checkpoints(run)
+    checkpoints.save_frozen(make_state(0).frozen, str(base))
+    checkpoints.save(make_state(1), {"examples": 8})
+    checkpoints.close()
+    return run, base
+
+
+def test_a_run_from_a_base_names_it_instead_of_copying_it(linked):
+    run, base = linked
+    assert not (run / "frozen").exists()
+    assert read_link(run) == {"path": str(base), "fingerprint": "a1b2"}
+    params = restore_params(run, abstract())
+    assert_same(params["vision/c"], make_state(0).frozen["vision/c"])
+    # What learned is the run's, though the base has it too.
+    assert_same(params["qformer/a"], make_state(1).learned["qformer/a"])
+
+
+def test_what_a_base_lacks_is_written_by_the_run(tmp_path):
+    base = make_base(tmp_path / "base", "a1b2")
+    checkpoints = Checkpoints(tmp_path / "run")
+    frozen = make_state(0).frozen | {"vision/d": jnp.arange(3.0)}
+    checkpoints.save_frozen(frozen, str(base))
+    checkpoints.save(make_state(1), {})
+    checkpoints.close()
+    wanted = abstract()
+    wanted["vision"]["d"] = jax.ShapeDtypeStruct((3,), jnp.float32, sharding=SHARDING)
+    params = restore_params(tmp_path / "run", wanted)
+    assert_same(params["vision/d"], jnp.arange(3.0))
+    assert_same(params["vision/c"], frozen["vision/c"])
+
+
+def test_a_base_that_moved_is_found_where_it_is_said_to_be(linked, tmp_path):
+    run, base = linked
+    base.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"fingerprint a1b2 .* none at .*base; .*init_from=NEW"):
+        restore_params(run, abstract())
+    params = restore_params(run, abstract(), base=str(tmp_path / "moved"))
+    assert_same(params["vision/c"], make_state(0).frozen["vision/c"])
+
+
+def test_a_base_with_another_fingerprint_is_refused(linked, tmp_path):
+    run, base = linked
+    base.rename(tmp_path / "moved")
+    other = make_base(base, "ffff")
+    with pytest.raises(UserError, match=r"there is another one, fingerprint ffff at .*base"):
+        restore_params(run, abstract())
+    with pytest.raises(UserError, match="another one"):
+        find_base(run, str(other))
+    assert str(find_base(run, str(tmp_path / "moved"))) == str(tmp_path / "moved")
 
 
 def test_what_was_never_completed_is_no_step(run):
@@ -122,9 +189,8 @@ def test_damage_is_named_with_a_remedy(run, part):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     checkpoints = Checkpoints(run)
-    data = grain.checkpoint.CheckpointRestore(make_batches())
     with pytest.raises(UserError, match=r"checkpoints/3.* is damaged.*delete .*/3 to go on"):
-        checkpoints.restore(make_state(0), data)
+        checkpoints.restore(make_state(0))
     checkpoints.close()
 
 

@@ -15,7 +15,7 @@ from adacm2_jax.models.adacm2 import Question
 from adacm2_jax.optim import split_params
 from adacm2_jax.params import abstract_params
 from adacm2_jax.sharding import make_mesh
-from adacm2_jax.train_step import Batch, StepConfig, loss_fn
+from adacm2_jax.train_step import Batch, StepConfig, check_step, loss_fn
 from configs.base import base_config
 from tests.small import ROOT, run_script, small_model
 
@@ -38,7 +38,8 @@ def test_an_experiment_loads_and_fits_its_model(recipe):
     model = evaluation.check(config)
     train.make_load(config, model)
     abstract = abstract_params(model, config.optim.groups, make_mesh((-1, 1)))
-    assert split_params(abstract, config.optim.groups)[0]
+    learned, _ = split_params(abstract, config.optim.groups)
+    check_step(train.make_step(config), learned, config.train.num_frames)
     assert json.loads(config.to_json())  # what config.json holds
 
 

@@ -17,7 +17,16 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ("3.11", "3.12", "3.13")
 MAX_LINES = 450
-OUR_SCRIPTS = ("train", "eval", "quickstart", "configs", "benchmarks", "tests")
+OUR_SCRIPTS = (
+    "train",
+    "eval",
+    "quickstart",
+    "prepare",
+    "prepare_beam",
+    "configs",
+    "benchmarks",
+    "tests",
+)
 # What users' images often lack: nothing of it is needed to import the library.
 OPTIONAL = (
     "PIL array_record av grain matplotlib ml_collections safetensors sentencepiece sklearn "
@@ -283,10 +292,15 @@ def test_pins_lie_within_the_ranges_of_pyproject(python):
     extras = project["optional-dependencies"]
     for name, groups in (
         ("requirements.txt", [project["dependencies"], extras["run"]]),
-        ("requirements-dev.txt", [project["dependencies"], *map(extras.get, ("run", "test"))]),
+        (
+            "requirements-dev.txt",
+            [project["dependencies"], *map(extras.get, ("run", "plan", "test"))],
+        ),
     ):
         pinned = pinned_on(name, python)
         for wanted in map(Requirement, itertools.chain(*groups)):
+            if wanted.name == project["name"]:
+                continue  # another of our extras
             version = pinned.get(canonicalize_name(wanted.name))
             assert version, f"{name} does not pin {wanted.name} on Python {python}"
             assert wanted.specifier.contains(version), f"{name}: {version} is outside {wanted}"

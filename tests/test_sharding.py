@@ -119,3 +119,26 @@ def test_after_the_step_each_device_still_holds_its_share(report, mesh, parts):
     assert {share for name, share in shares.items() if name.startswith("vision")} == {1}
     kernels = [share for name, share in shares.items() if name.startswith("llm/layers")]
     assert kernels and set(kernels) == {parts}
+
+
+@pytest.mark.parametrize("mesh", ["8x1", "4x2", "2x4"])
+@pytest.mark.parametrize("step", ["train", "stream"])
+def test_devices_exchange_no_weights_scores_or_memory_within_the_frame_loop(report, mesh, step):
+    found = report[mesh]["collectives"][step]
+    assert "frames" in found["loops"]
+    if step == "train":
+        assert "chunks of frames" in found["loops"]
+        assert found["all"], "weights of the language model are gathered, gradients are summed"
+    if mesh == "8x1" or step == "stream":
+        assert found["found"] == []
+    # The images of a chunk are divided over the axis `model`: their features come together.
+    features = [small_model().vision.tokens_per_frame, small_model().vision.width]
+    for kind, shapes in found["found"]:
+        assert kind == "all-gather"
+        assert [shape[1:] for shape in shapes] == [features] * len(shapes)
+
+
+@pytest.mark.parametrize("mesh", ["8x1", "4x2", "2x4"])
+def test_a_stream_on_many_devices_is_that_of_one(report, mesh):
+    # float32: after norms queries are about 1; sums of a few hundred terms in another order.
+    assert report[mesh]["streamed"] < 1e-5

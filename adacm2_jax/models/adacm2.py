@@ -130,9 +130,9 @@ def layers_alike(config: AdaCM2Config) -> bool:
     return bool(alike) and (not plan.older.any() or plan.ranking == STRIDE)
 
 
-def state_specs(state: StreamState) -> StreamState:
-    """How a state is divided over the mesh axis ``data``: by its videos."""
-    rows = PartitionSpec("data")
+def state_specs(state: StreamState) -> Any:
+    """A ``PartitionSpec`` for every leaf: a state is divided over ``data``, by its videos."""
+    rows: Any = PartitionSpec("data")
     layers = PartitionSpec(None, "data")
     memory: Any = jax.tree.map(lambda _: layers, state.memory)
     if isinstance(state.memory, MergeMemory):
@@ -228,13 +228,18 @@ class AdaCM2(nn.Module):
             key, value = (jnp.repeat(kv, share, axis=2) for kv in self.qformer.project(features))
             frames = Frames(key, value, index.T, valid.T)
             memory, retention = cast(VideoMemory, state.memory), self._retention(state.seed)
+            newest = frames
             if not retention.reads_attention:
                 # The frames before the last one matter by their tokens alone: no query reads them.
-                before = frames.valid & (jnp.arange(valid.shape[1])[:, None] != last)
-                memory = absorb(memory, retention, frames.replace(valid=before))
-                frames = frames.only(last)
+                if valid.shape[1] > 1:
+                    before = frames.valid & (jnp.arange(valid.shape[1])[:, None] != last)
+                    memory = absorb(memory, retention, frames.replace(valid=before))
+                newest = frames.only(last)
                 last = jnp.zeros_like(last)
-            queries, memory = self.qformer(*text, frames, memory, retention, deterministic)
+            queries, after = self.qformer(*text, newest, memory, retention, deterministic)
+            # A large memory (of policy full) is changed where it lies, the Q-Former's copy dropped.
+            reads = retention.reads_attention
+            memory = after if reads else absorb(memory, retention, newest)
             newest = jnp.take_along_axis(queries, last[:, None, None, None], axis=1)[:, 0]
         return state.replace(
             memory=memory,

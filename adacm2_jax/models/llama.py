@@ -95,10 +95,10 @@ class Layer(nn.Module):
         x = x + Dense(shape, axes, num_inputs=2, use_bias=False, name="out")(y)
 
         y = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x)
-        shape, axes = (c.width, c.mlp_width), ("llm_embed", "llm_mlp")
-        gate = Dense(shape, axes, use_bias=False, name="gate")(y)
-        y = jax.nn.silu(gate) * Dense(shape, axes, use_bias=False, name="up")(y)
-        down = Dense(shape[::-1], axes[::-1], use_bias=False, name="down")
+        sizes, names = (c.width, c.mlp_width), ("llm_embed", "llm_mlp")
+        gate = Dense(sizes, names, use_bias=False, name="gate")(y)
+        y = jax.nn.silu(gate) * Dense(sizes, names, use_bias=False, name="up")(y)
+        down = Dense(sizes[::-1], names[::-1], use_bias=False, name="down")
         return rows_sharded(x + down(y)), cache
 
 

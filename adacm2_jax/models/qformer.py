@@ -60,11 +60,15 @@ class Frames(struct.PyTreeNode):
 def absorb(memory: VideoMemory, retention: Retention, frames: Frames) -> VideoMemory:
     """Reads a chunk into the memory of all layers without a query; see ``memory.absorb_frames``."""
 
-    def layer(inputs):
-        memory, retention, key, value = inputs
-        return absorb_frames(memory, retention, key, value, frames.index, frames.valid)
+    def layer(memory, inputs):
+        place, retention, key, value = inputs
+        own = jax.tree.map(lambda leaf: leaf[place], memory)
+        own = absorb_frames(own, retention, key, value, frames.index, frames.valid)
+        return jax.tree.map(lambda leaf, new: leaf.at[place].set(new), memory, own), None
 
-    return jax.lax.map(layer, (memory, retention, frames.key, frames.value))
+    # Carried and not mapped: a loop's carry is changed where it lies.
+    places = jnp.arange(len(memory.length))
+    return jax.lax.scan(layer, memory, (places, retention, frames.key, frames.value))[0]
 
 
 class FrameProjection(nn.Module):

@@ -173,7 +173,7 @@ def open_ours(source: str | os.PathLike) -> tuple[AdaCM2Config, "OurParams"]:
 
 
 class OurParams:
-    """Parameters that lie in one or more Orbax trees.
+    """Parameters that lie in one or more Orbax trees; of a path in several, the first counts.
 
     Attributes:
       shapes: path → shape.
@@ -181,7 +181,7 @@ class OurParams:
     """
 
     def __init__(self, parts: Sequence[StoredParams]):
-        self._part = {path: part for part in parts for path in part.shapes}
+        self._part = {path: part for part in reversed(parts) for path in part.shapes}
         self.shapes = {path: part.shapes[path] for path, part in self._part.items()}
         self.dtypes = {path: part.dtypes[path] for path, part in self._part.items()}
 

@@ -78,7 +78,7 @@ def test_the_seed_alone_decides(source):
 
 
 def test_processes_share_the_examples(source):
-    shares = [order(take(source, 5, batch_size=1, rank=rank, world=2)) for rank in range(2)]
+    shares = [order(take(source, 5, batch_size=2, rank=rank, world=2)) for rank in range(2)]
     assert sorted(shares[0] + shares[1]) == list(range(10))
 
 
@@ -89,10 +89,10 @@ def test_a_restored_iterator_goes_on_with_the_next_batch(source, stop):
     batches = training_batches(clips(source, clip), batch_size=3, seed=0)
     for _ in range(stop):
         next(batches)
-    place = batches.get_state()
+    place = batches.examples
     batches.close()
     again = training_batches(clips(source, clip), batch_size=3, seed=0)
-    again.set_state(place)
+    again.seek(place)
     rest = [next(again) for _ in range(8 - stop)]
     again.close()
     assert equal(rest, whole[stop:])
@@ -133,7 +133,9 @@ def test_too_few_examples_are_refused(source):
     with pytest.raises(DataError, match="10 training examples do not fill one batch of 11"):
         take(source, 1, batch_size=11)
     with pytest.raises(DataError, match="batch of 12"):
-        take(source, 1, batch_size=6, world=2)
+        take(source, 1, batch_size=12, world=2)
+    with pytest.raises(DataError, match="batch_size = 5 does not divide over 2 processes"):
+        take(source, 1, batch_size=5, world=2)
 
 
 def test_stacked_texts_keep_their_characters():

@@ -1,0 +1,225 @@
+"""What a frozen ViT makes of frames, computed apart from training, with the very same numbers.
+
+A matrix product may add up in another order for another number of rows. So the ViT gets as many
+images at a time as it does on each device in the training step (:func:`images_at_a_time`); then its
+features are those of the training step, bit by bit where the compiler treats both alike, and the
+image's place among the others does not matter.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from adacm2_jax.checkpoint import find_params
+from adacm2_jax.config import AdaCM2Config
+from adacm2_jax.errors import UserError
+from adacm2_jax.models.adacm2 import AdaCM2, call
+from adacm2_jax.optim import merge_params
+from adacm2_jax.params import fresh_params
+from adacm2_jax.sharding import on_every_shard, replicated
+from adacm2_jax.start import check_start
+from adacm2_jax.train_step import StepConfig
+
+
+def describe_vision(config: AdaCM2Config, params: dict | None = None) -> dict:
+    """What features depend on, as JSON values.
+
+    Args:
+      config: the model.
+      params: with the ViT's under ``vision``; adds ``weights``, a hash of their values.
+    """
+    found: dict = dataclasses.asdict(config.vision)
+    found |= {"dtype": config.dtype, "features": config.feature_dtype}
+    if params is not None:
+        found["weights"] = fingerprint(params["vision"])
+    return found
+
+
+def fingerprint(params: dict) -> str:
+    """A hash of parameters: paths, dtypes, shapes and values, wherever they are."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(traverse_util.flatten_dict(params, sep="/").items()):
+        digest.update(f"{path} {leaf.dtype} {leaf.shape}\n".encode())
+        digest.update(np.ascontiguousarray(np.asarray(leaf)).view(np.uint8).data)
+    return digest.hexdigest()[:16]
+
+
+def refuse_learning(learned: Sequence[str]) -> None:
+    """Refuses features where the ViT learns.
+
+    Args:
+      learned: paths of the parameters that learn.
+
+    Raises:
+      UserError: naming the first of them that is the ViT's.
+    """
+    trained = sorted(path for path in learned if path.startswith("vision/"))
+    if trained:
+        raise UserError(
+            f"features are kept of a frozen ViT, but {trained[0]} learns: freeze vision/.* in "
+            "optim.groups, or train from pixels (data.features empty)"
+        )
+
+
+def images_at_a_time(
+    step: StepConfig, num_frames: int, batch_size: int, mesh: Mesh
+) -> tuple[int, int, int]:
+    """How the training step divides the frames of clips for the ViT.
+
+    Args:
+      step: of training.
+      num_frames: T.
+      batch_size: of training, over all devices.
+      mesh: of training.
+
+    Returns:
+      How many frames of a clip stand in the first piece, images a device in the first piece, and in
+      each of the following (1 where there is none).
+    """
+    rows = -(-batch_size // (mesh.shape["data"] * step.accumulate))
+    whole = step.gradient == "scan" or num_frames == 1
+    first = num_frames if whole else num_frames % step.chunk
+    parts = mesh.shape["model"]
+
+    def images(frames: int) -> int:
+        return max(1, -(-rows * frames // parts))
+
+    return first, images(first), images(0 if first == num_frames else step.chunk)
+
+
+def vision_params(
+    source: str | os.PathLike,
+    config: AdaCM2Config,
+    abstract: dict,
+    missing: Sequence[str],
+    seed: int,
+) -> dict:
+    """The ViT's parameters alone, as training starts with them.
+
+    Args:
+      source: ``init_from`` of the experiment; empty for fresh ones.
+      config: the model.
+      abstract: its parameters as ``jax.ShapeDtypeStruct`` leaves with shardings.
+      missing: regular expressions over the paths that ``source`` may lack.
+      seed: of fresh ones.
+
+    Returns:
+      A tree with ``vision``.
+
+    Raises:
+      UserError: if ``source`` does not hold the model.
+    """
+    found: dict = {}
+    if source:
+        check_start(source, config, abstract, missing)
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+            for tree, leaves in find_params(source, abstract, missing=missing).items():
+                if wanted := {p: leaf for p, leaf in leaves.items() if p.startswith("vision/")}:
+                    found |= _restore(handler, tree, wanted)
+    flat = traverse_util.flatten_dict(abstract, sep="/")
+    absent = [path for path in flat if path.startswith("vision/") and path not in found]
+    if absent:
+        found |= fresh_params(config, abstract, seed, absent)
+    return merge_params(found, {})
+
+
+def _restore(handler: ocp.PyTreeCheckpointHandler, tree, wanted: dict) -> dict:
+    options = ocp.args.PyTreeRestore(
+        item=wanted,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+        partial_restore=True,
+    )
+    try:
+        return handler.restore(tree, args=options)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0][:120]
+        raise UserError(
+            f"checkpoint {tree} is damaged ({reason}); restore it from a copy"
+        ) from None
+
+
+class Encoder:
+    """The ViT, compiled for a fixed number of images at a time.
+
+    Args:
+      config: the model.
+      params: with ``vision``, on ``mesh``.
+      mesh: of this process's own devices; images are divided over ``data``.
+      images: of :func:`images_at_a_time`.
+    """
+
+    def __init__(
+        self, config: AdaCM2Config, params: dict, mesh: Mesh, images: tuple[int, int, int]
+    ):
+        # Not read, but the module has it.
+        table = jnp.zeros((config.temporal_positions, config.vision.width))
+        table = jax.device_put(table, replicated(mesh))
+        self._params = {"vision": params["vision"], "temporal_embed": table}
+        self._mesh, self._images, self._config = mesh, images, config
+
+        def encode(params: dict, frames: jax.Array) -> jax.Array:
+            run = on_every_shard(
+                lambda *given: call(AdaCM2(config), given[0], "encode_frames", given[1]),
+                len(frames),
+                (PartitionSpec(), PartitionSpec("data")),
+                PartitionSpec("data"),
+            )
+            return run(params, frames[:, None])[:, 0]
+
+        self._encode = jax.jit(encode)
+
+    @property
+    def clips(self) -> int:
+        """So many clips fill the devices about as training does."""
+        first, head, rest = self._images
+        return max(1, (head // first if first else rest) * self._mesh.shape["data"])
+
+    def __call__(self, clips: np.ndarray, valid: np.ndarray) -> list[np.ndarray]:
+        """The features of clips.
+
+        Args:
+          clips: uint8[K, T, height, width, 3].
+          valid: bool[K, T]; padding is not computed.
+
+        Returns:
+          For each clip [n, P, V] in ``feature_dtype``, of its n valid frames.
+        """
+        vision = self._config.vision
+        size = (vision.tokens_per_frame, vision.width)
+        features = np.zeros(valid.shape + size, jnp.dtype(self._config.feature_dtype))
+        first, *images = self._images
+        for part, count in zip((slice(first), slice(first, None)), images, strict=True):
+            place = np.zeros_like(valid)
+            place[:, part] = valid[:, part]
+            where = np.argwhere(place)
+            for rows, result in self._run(clips, where, count * self._mesh.shape["data"]):
+                features[rows[:, 0], rows[:, 1]] = np.asarray(result)[: len(rows)]
+        return [part[mask] for part, mask in zip(features, valid, strict=True)]
+
+    def _run(
+        self, clips: np.ndarray, where: np.ndarray, count: int
+    ) -> Iterator[tuple[np.ndarray, jax.Array]]:
+        """Frames at these places [n, 2], ``count`` at a time; a result is given out when the next
+        one is being computed."""
+        rows_of = NamedSharding(self._mesh, PartitionSpec("data"))
+        before = None
+        for start in range(0, len(where), count):
+            rows = where[start : start + count]
+            frames = np.zeros((count, *clips.shape[2:]), np.uint8)
+            frames[: len(rows)] = clips[rows[:, 0], rows[:, 1]]
+            with jax.set_mesh(self._mesh):
+                result = self._encode(self._params, jax.device_put(frames, rows_of))
+            if before:
+                yield before
+            before = rows, result
+        if before:
+            yield before

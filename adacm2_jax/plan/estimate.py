@@ -1,0 +1,347 @@
+"""What a step needs of a device's memory, from shapes alone: nothing is compiled.
+
+Arguments are exact up to the padding of tiles. Temporaries are the largest of the step's phases,
+each with what is live in it at once; every term below is an array that the program has. What the
+compiler does beside is its own: it may overlap a little more or a little less.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
+
+from adacm2_jax.errors import UserError
+from adacm2_jax.models.adacm2 import layers_alike, plan_for
+from adacm2_jax.optim import split_params
+from adacm2_jax.plan.steps import (
+    Plan,
+    device_bytes,
+    params_bytes,
+    plan_params,
+    program,
+    stream_state,
+)
+from adacm2_jax.plan.topology import Topology
+
+
+def abstract_mesh(shape: tuple[int, int], topology: Topology) -> Any:
+    """The mesh of a topology without devices; for shapes and shardings it is as good as one.
+
+    Raises:
+      UserError: if the shape does not match the number of devices.
+    """
+    data, model = shape
+    if data == -1 and model > 0:
+        data = topology.count // model
+    if data * model != topology.count or min(data, model) < 1:
+        raise UserError(
+            f"mesh = {tuple(shape)} does not cover the {topology.count} device(s) of "
+            f"{topology.name}; the product must be {topology.count}, or the first entry -1"
+        )
+    return AbstractMesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Bytes on a device.
+
+    Attributes:
+      arguments: parameters, state and batch.
+      parameters: of these, the weights.
+      phases: temporaries of each phase of the step, by name and then by term.
+      output: results that take no argument's place.
+    """
+
+    arguments: int
+    parameters: int
+    phases: dict[str, dict[str, float]]
+    output: int = 0
+
+    @property
+    def temporaries(self) -> int:
+        """Of the largest phase."""
+        return round(max(sum(terms.values()) for terms in self.phases.values()))
+
+    @property
+    def total(self) -> int:
+        """All that must be free at once."""
+        return self.arguments + self.temporaries + self.output
+
+
+def estimate(plan: Plan, topology: Topology, mesh: Any) -> dict:
+    """The estimate of a step, in the form of ``Report.to_json``.
+
+    Raises:
+      UserError: if plan and mesh do not fit together.
+    """
+    found = estimate_memory(plan, topology, mesh)
+    return {
+        "step": plan.step,
+        "topology": topology.name,
+        "devices": topology.count,
+        "mesh": [mesh.shape["data"], mesh.shape["model"]],
+        "batch_size": plan.batch,
+        "frames": plan.frames,
+        "policy": plan.model.memory.policy,
+        "estimated": True,
+        "memory": {
+            "arguments": found.arguments,
+            "temporaries": found.temporaries,
+            "parameters": found.parameters,
+            "total": found.total,
+            "exact": False,
+            "phases": {name: round(sum(terms.values())) for name, terms in found.phases.items()},
+        },
+        "hbm": topology.chip.hbm,
+        "fits": found.total <= topology.chip.hbm,
+    }
+
+
+def estimate_memory(plan: Plan, topology: Topology, mesh: Any) -> Estimate:
+    """Bytes on a device, term by term."""
+    _, arguments = program(plan, mesh)
+    count = device_bytes(arguments)
+    sizes = _Sizes(plan, topology, mesh)
+    phases = {"train": sizes.train, "stream": sizes.stream, "decode": sizes.decode}[plan.step]()
+    return Estimate(count, params_bytes(plan, mesh), phases)
+
+
+class _Sizes:
+    """The arrays of a step on one device, in bytes."""
+
+    def __init__(self, plan: Plan, topology: Topology, mesh: Any):
+        self.plan, self.mesh, c = plan, mesh, plan.model
+        self.tiles = topology.chip.platform == "tpu"
+        self.data, self.model = mesh.shape["data"], mesh.shape["model"]
+        parts = plan.how.accumulate if plan.step == "train" else 1
+        rows = plan.batch // parts
+        self.rows = rows // self.data if rows % self.data == 0 else rows
+        self.width = jnp.dtype(c.dtype).itemsize
+        self.memory_width = jnp.dtype(c.memory_dtype).itemsize
+        self.feature_width = jnp.dtype(c.feature_dtype).itemsize
+
+    def array(self, width: int, *dims: int) -> float:
+        """An array, on a TPU with its two minor axes padded to tiles."""
+        sizes = list(dims)
+        if self.tiles and len(sizes) > 1:
+            sizes[-1] = -(-sizes[-1] // 128) * 128
+            sizes[-2] = -(-sizes[-2] // 8) * 8
+        return float(math.prod(sizes) * width)
+
+    # The phases of each step.
+
+    def stream(self) -> dict[str, dict[str, float]]:
+        return self.reading(self.plan.frames, self.rows, self.cast())
+
+    def decode(self) -> dict[str, dict[str, float]]:
+        c, g = self.plan.model, self.plan.generation
+        prompt = c.qformer.num_queries + c.max_text_len
+        length = prompt + g.max_new_tokens - 1
+        cache = 2 * self.cache(self.rows, length)
+        beams = 2 * self.cache(self.rows * g.num_beams, length)
+        vocabulary = self.array(4, self.rows * g.num_beams, c.llm.vocab_size) / self.model
+        return {
+            "prefill": {"cache": cache, **self.llm_layer(self.rows, prompt, length)},
+            "answer": {
+                # Beams choose their parents anew at every token: an old cache and a new one.
+                "cache": beams * (2 if g.num_beams > 1 else 1),
+                "logits": 3 * vocabulary,
+                "head": self.head(),
+                **self.llm_layer(self.rows * g.num_beams, 1, length),
+            },
+        }
+
+    def train(self) -> dict[str, dict[str, float]]:
+        plan, c = self.plan, self.plan.model
+        learned = float(self.learned())
+        # Sums of gradients over parts, beside those of one part.
+        sums = {"gradient sums": learned} if plan.how.accumulate > 1 else {}
+        cast = self.cast()
+        phases: dict[str, dict[str, float]] = {}
+        if plan.how.gradient == "two_phase" and plan.frames > 1:
+            chunk = min(plan.how.chunk, plan.frames)
+            kept = {"watched": self.watched(), **cast, **sums}
+            phases |= self.reading(chunk, self.rows, kept)
+            after = {"watched": self.watched(), "renewed": self.state_bytes(), **cast, **sums}
+        else:
+            kept = {"features": self.features(plan.frames), **cast, **sums}
+            phases |= self.reading(plan.frames, self.rows, kept)
+            after = kept | {"memory of every frame": plan.frames * self.state_bytes()}
+        places = c.qformer.num_queries + c.max_text_len + c.max_answer_len
+        text = c.max_text_len + c.max_answer_len
+        residuals = c.llm.depth if c.remat else c.llm.depth * 12
+        stored = {"residuals": residuals * self.array(self.width, self.rows, places, c.llm.width)}
+        logits = self.array(4, self.rows * text, c.llm.vocab_size) / self.model
+        layer = self.llm_layer(self.rows, places, places)
+        phases["language model, logits"] = {
+            **after,
+            **stored,
+            "logits": 2 * logits,
+            "head": self.head(),
+        }
+        if self.tiles:
+            # A layer's weights for this round and, on their way, for the next; its activations and
+            # their gradients.
+            work = {name: 2 * size for name, size in layer.items()}
+        else:
+            work = layer | self.early(learned)
+        phases["language model, backward"] = {**after, **stored, **work}
+        phases["optimiser"] = {"gradients": learned, **sums}
+        return phases
+
+    # The parts of the phases.
+
+    def early(self, learned: float) -> dict[str, float]:
+        """What GPUs hold already while the language model runs backwards: zeros to add gradients of
+        the Q-Former's layers to, those of the memory too; and what leads back to the width of the
+        model with its axes exchanged, of all layers, and queries, keys and values side by side."""
+        c, q = self.plan.model.llm, self.plan.model.qformer
+        heads = c.num_heads * c.head_dim
+        turned = c.depth * c.width * (heads + c.mlp_width) / (self.data * self.model)
+        zeros = max(0.0, learned - 4.0 * q.vocab_size * q.width)
+        if self.plan.model.memory.policy != "merge":
+            slots = stream_state(self.plan, self.mesh).memory.slots.shape
+            zeros += 2 * slots[0] * self.rows * slots[2] * q.width * self.memory_width
+        side = c.width * (heads + 2 * c.num_kv_heads * c.head_dim) / self.model
+        return {
+            "zeros": zeros,
+            "exchanged": self.width * turned if self.data > 1 else 0.0,
+            "side by side": self.width * side,
+        }
+
+    def reading(self, frames: int, rows: int, kept: dict) -> dict[str, dict[str, float]]:
+        """Frames through the ViT, then through the Q-Former."""
+        c, v, q = self.plan.model, self.plan.model.vision, self.plan.model.qformer
+        images, tokens = frames * rows, v.tokens_per_frame
+        share = -(-images // self.model)
+        residual = self.array(4, share, tokens, v.width)
+        narrow = self.array(self.width, share, tokens, v.width)
+        head = v.width // v.num_heads
+        heads = self.array(self.width, share, v.num_heads, tokens, head)
+        logits = self.array(4, share, v.num_heads, tokens, tokens)
+        hidden = self.array(self.width, share, tokens, v.mlp_width)
+        pixels = share * v.image_size**2 * 3 * (1 + self.width)
+        features = self.features(frames)
+        text = self.features(frames) if c.feature_dtype != c.memory_dtype else 0.0
+        keys = 2 * q.num_cross_layers * images * self.array(self.memory_width, tokens, q.width)
+        line = self.array(self.memory_width, images, q.num_queries + c.max_text_len, q.width)
+        wide = self.array(self.memory_width, images, q.num_queries + c.max_text_len, q.mlp_width)
+        memory, alive = self.live()
+        working = self.working_state()
+        return {
+            "ViT, attention": {
+                **kept,
+                "residual": residual,
+                "rows": narrow,
+                "heads": 3 * heads,
+                "logits": logits,
+            },
+            "ViT, MLP": {**kept, "pixels": pixels, "residual": 2 * residual, "hidden": 2 * hidden},
+            "Q-Former": {
+                **kept,
+                **working,
+                "features": features + text,
+                "keys and values": keys,
+                "rows": 4 * line + wide,
+                "probabilities": 2 * rows * q.num_heads * self.array(4, q.num_queries, alive),
+                **({"bank": memory} if c.memory.policy == "merge" else {}),
+            },
+        }
+
+    def live(self) -> tuple[float, int]:
+        """What policy merge projects anew for every frame, and the tokens that queries read."""
+        c, q, tokens = (
+            self.plan.model,
+            self.plan.model.qformer,
+            self.plan.model.vision.tokens_per_frame,
+        )
+        if c.memory.policy != "merge":
+            shapes = stream_state(self.plan, self.mesh)
+            return 0.0, shapes.memory.slots.shape[-1]
+        held = (c.memory.bank_frames + 1) * tokens
+        bank = self.rows * self.array(4, held, c.vision.width)
+        keys = 2 * self.rows * self.array(self.memory_width, held, q.width)
+        return 2 * bank + keys, held
+
+    def working_state(self) -> dict[str, float]:
+        """The loop over layers reads one memory and writes another; where no attention is read, the
+        loop that takes in frames comes before that over layers, each with its own. TPUs keep it by
+        heads and their width, padded to tiles, and turn a layer of it around."""
+        c, q = self.plan.model, self.plan.model.qformer
+        if c.memory.policy == "merge":
+            return {}
+        slots = stream_state(self.plan, self.mesh).memory.slots.shape[-1]
+        head = self.array(self.memory_width, q.num_heads, q.width // q.num_heads)
+        layer = 2 * self.rows * slots * head
+        if self.tiles:
+            return {"memory, rewritten": layer * (q.num_cross_layers + 2)}
+        counts = plan_for(c)
+        passes = 1 if counts.ranking == "attention" and counts.older.any() else 2
+        return {"memory, rewritten": layer * q.num_cross_layers * passes}
+
+    def watched(self) -> float:
+        """What phase one of the gradient carries."""
+        c = self.plan.model
+        newest = self.features(1)
+        if c.memory.policy == "merge":
+            return self.state_bytes() + newest
+        slots = stream_state(self.plan, self.mesh).memory.slots.shape
+        layers = 1 if layers_alike(c) else slots[0]
+        kept = layers * self.rows * self.array(self.feature_width, slots[2], c.vision.width)
+        return self.state_bytes() + kept + newest
+
+    def state_bytes(self) -> float:
+        """Memory and query rows of this device's videos."""
+        state = stream_state(self.plan, self.mesh)
+        full = sum(
+            self.array(jnp.dtype(leaf.dtype).itemsize, *leaf.shape)
+            for leaf in jax.tree.leaves(state)
+        )
+        return full * self.rows / self.plan.batch
+
+    def features(self, frames: int) -> float:
+        v = self.plan.model.vision
+        return self.rows * frames * self.array(self.feature_width, v.tokens_per_frame, v.width)
+
+    def cast(self) -> dict[str, float]:
+        """Weights of the Q-Former in the type that it computes in: on TPUs of all its layers at
+        once, as XLA takes the conversion out of the loop over frames; elsewhere of one layer."""
+        q, c = self.plan.model.qformer, self.plan.model
+        if self.learned() == 0 or self.memory_width == 4:
+            return {}
+        layer = 4 * q.width**2 + 4 * q.width * q.mlp_width
+        cross = 2 * q.width**2 + 2 * c.vision.width * q.width
+        every = q.depth * layer + q.num_cross_layers * cross
+        return {"weights cast": self.memory_width * every / (1 if self.tiles else q.depth)}
+
+    def llm_layer(self, rows: int, places: int, keys: int) -> dict[str, float]:
+        """One layer of the language model: its weights, gathered, and its activations."""
+        c = self.plan.model.llm
+        heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        weights = c.width * (2 * heads + 2 * kv + 3 * c.mlp_width) / self.model
+        hidden = self.array(self.width, rows, places, c.mlp_width) / self.model
+        line = self.array(self.width, rows, places, c.width)
+        logits = rows * c.num_heads * self.array(4, places, keys) / self.model
+        return {
+            "layer": self.width * weights if self.data > 1 else 0.0,
+            "activations": 2 * hidden + 4 * line + logits,
+        }
+
+    def head(self) -> float:
+        """The output table, gathered."""
+        c = self.plan.model.llm
+        whole = self.array(self.width, c.width, c.vocab_size) / self.model
+        return whole if self.data > 1 else 0.0
+
+    def cache(self, rows: int, length: int) -> float:
+        """Keys of all layers."""
+        c = self.plan.model.llm
+        heads = -(-c.num_kv_heads // self.model)
+        return c.depth * rows * length * self.array(self.width, heads, c.head_dim)
+
+    def learned(self) -> int:
+        """float32 bytes of what learns."""
+        return device_bytes(split_params(plan_params(self.plan, self.mesh), self.plan.groups)[0])

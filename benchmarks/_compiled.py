@@ -1,0 +1,69 @@
+"""Reports of the planner for one experiment with a few fields changed; each is compiled once.
+
+A full-size training step takes minutes to compile, so reports are kept in ``.cache/plan``; delete
+the directory to have them compiled anew.
+"""
+
+import ast
+import hashlib
+import importlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CACHE = ROOT / ".cache" / "plan"
+
+
+def experiment(config: str, overrides: dict):
+    """The configuration ``configs/<config>.py`` with ``{"train.batch_size": 16}`` set."""
+    found = importlib.import_module(f"configs.{config}").get_config()
+    for path, value in overrides.items():
+        *sections, field = path.split(".")
+        section = found
+        for name in sections:
+            section = section[name]
+        section[field] = value
+    return found
+
+
+def report(config: str, overrides: dict, topology: str, mesh: tuple[int, int], step: str) -> dict:
+    """What the compiler says, as ``Report.to_json`` holds it."""
+    case = [config, dict(sorted(overrides.items())), topology, list(mesh), step]
+    name = hashlib.sha256(json.dumps(case).encode()).hexdigest()[:16]
+    path = CACHE / f"{name}.json"
+    if not path.exists():
+        # A process of its own: a compiler keeps gigabytes, and its messages are its own.
+        done = subprocess.run(
+            [sys.executable, __file__, repr(case)], capture_output=True, text=True, cwd=ROOT
+        )
+        if done.returncode:
+            raise SystemExit(f"{' '.join(map(str, case))}:\n{done.stderr[-3000:]}")
+        CACHE.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(".part")
+        beside.write_text(json.dumps({"case": case, "report": json.loads(done.stdout)}, indent=1))
+        os.replace(beside, path)
+    return json.loads(path.read_text())["report"]
+
+
+def main() -> None:
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    sys.path.insert(0, str(ROOT))
+    from adacm2_jax.plan.report import compile_step
+    from adacm2_jax.plan.steps import make_plan
+    from adacm2_jax.plan.topology import parse_topology, topology_devices
+    from adacm2_jax.sharding import make_mesh
+
+    config, overrides, name, mesh, step = ast.literal_eval(sys.argv[1])
+    topology = parse_topology(name)
+    devices = make_mesh(tuple(mesh), topology_devices(topology))
+    plan = make_plan(experiment(config, overrides), step)
+    print(json.dumps(compile_step(plan, topology, devices).to_json()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""LVU's classification tasks at full size: 100 frames of 100 seconds, one model a task.
+
+COMMAND: python train.py --config configs/lvu.py:WEIGHTS,train.jsonl,test.jsonl --workdir runs/lvu
+Expected: nobody has trained it yet. `python -m adacm2_jax.plan --config configs/lvu.py --topology
+v5e:4x4` tells what it needs; 189 of 7,914 million parameters learn.
+
+WEIGHTS is a converted checkpoint (docs/porting.md) or a directory of train.py. Hyper-parameters and
+protocol are those of MA-LMM's scripts: a line of JSON is a window of 100 s of a film (`start`,
+`end`), cut every 20 s; its question is "what is the genre of the movie?", with the name of the
+task, its answer the label. Training sees the frames that evaluation sees, so the ViT's features can
+be computed once (docs/features.md). Twenty epochs of N windows are 20 N / 64 steps.
+"""
+
+import ml_collections
+
+from adacm2_jax.config import instructblip_vicuna_7b
+from configs.base import base_config
+
+
+def get_config(arguments: str = "weights,train.jsonl,test.jsonl") -> ml_collections.ConfigDict:
+    weights, train, test = (arguments.split(",") + ["", ""])[:3]
+    # Questions and labels are short, and every text is padded to the limit.
+    model = instructblip_vicuna_7b(dtype="bfloat16", max_text_len=32, max_answer_len=16)
+    config = base_config(model)
+    config.init_from = weights
+    config.init_missing = ("temporal_embed",)  # InstructBLIP has none
+    config.data.jsonl = {"train": train, "test": test or train}
+    config.data.sampling.num_frames = config.train.num_frames = 100
+    config.data.workers = 8
+    config.train.batch_size = 64
+    config.train.steps = 2000
+    config.train.chunk = 10
+    config.optim.learning_rate = 1e-4
+    config.optim.warmup_steps = 1000
+    config.optim.weight_decay = 0.05
+    config.optim.groups = (("(vision|llm)/.*", None), (".*", 1.0))
+    config.eval.chunk = 10
+    config.generation.num_beams = config.generation.num_return = 5
+    config.generation.max_new_tokens = 4
+    return config
