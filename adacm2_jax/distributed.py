@@ -296,9 +296,10 @@ class Preemption:
 
     def agreed(self) -> int:
         """The signal if any process has got one, else 0. All must call it after the same step."""
-        if jax.process_count() > 1:
-            self._number = int(multihost_utils.process_allgather(np.int32(self._number)).max())
-        return self._number
+        if jax.process_count() == 1:
+            return self._number
+        # A signal that comes meanwhile stays noted for the next step.
+        return int(multihost_utils.process_allgather(np.int32(self._number)).max())
 
 
 @contextlib.contextmanager

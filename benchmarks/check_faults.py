@@ -180,8 +180,8 @@ def small_disk(directory: pathlib.Path, megabytes: int = 64) -> Iterator[None]:
 def fill(directory: pathlib.Path, leave: int) -> pathlib.Path:
     """Takes all the room of a small disk but ``leave`` bytes; returns the file to be removed."""
     disk, path = os.statvfs(directory), directory / "filler"
-    with path.open("wb") as file:
-        file.write(bytes(max(disk.f_bavail * disk.f_frsize - leave, 0)))
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        file.write(bytes(max(disk.f_bavail * disk.f_frsize - leave, 0)))  # the run writes too
     return path
 
 
@@ -219,6 +219,7 @@ class Runs:
     def __init__(self, base: pathlib.Path, config: str, steps: int, overrides: Sequence[str]):
         self.steps, self._config, self._given = steps, config, list(overrides)
         self._values = OVERRIDES | {"train.steps": steps, "data.data_dir": base / "data"}
+        self.started: list[subprocess.Popen] = []
 
     def command(self, workdir: pathlib.Path, *flags: str) -> list[str]:
         given = [f"--config.{name}={value}" for name, value in self._values.items()]
@@ -226,7 +227,8 @@ class Runs:
         return [sys.executable, "train.py", *recipe, *given, *self._given, *flags]
 
     def start(self, workdir: pathlib.Path) -> subprocess.Popen:
-        return start(self.command(workdir))
+        self.started.append(start(self.command(workdir)))
+        return self.started[-1]
 
     def start_two(self, workdir: pathlib.Path) -> list[subprocess.Popen]:
         """Two processes with a device each."""
@@ -234,7 +236,7 @@ class Runs:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "NPROC": "32"}
-        return [
+        both = [
             start(
                 self.command(
                     workdir,
@@ -246,6 +248,8 @@ class Runs:
             )
             for number in range(2)
         ]
+        self.started += both
+        return both
 
     def finish(self, workdir: pathlib.Path, report: Report, two: bool = False) -> None:
         """Runs to the end without a fault: a run that cannot is lost."""
@@ -378,9 +382,10 @@ def main() -> int:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as at_end:
         base = pathlib.Path(scratch)
         runs = Runs(base, args.config, args.steps, args.overrides)
+        at_end.callback(stop, runs.started)
         print(f"{args.steps} steps without interruption", flush=True)
         whole = runs.start(base / "whole")
         output = whole.communicate()[0]

@@ -62,9 +62,10 @@ def absorb(memory: VideoMemory, retention: Retention, frames: Frames) -> VideoMe
 
     def layer(memory, inputs):
         place, retention, key, value = inputs
-        own = jax.tree.map(lambda leaf: leaf[place], memory)
+        take, put = jax.lax.dynamic_index_in_dim, jax.lax.dynamic_update_index_in_dim
+        own = jax.tree.map(lambda leaf: take(leaf, place, keepdims=False), memory)
         own = absorb_frames(own, retention, key, value, frames.index, frames.valid)
-        return jax.tree.map(lambda leaf, new: leaf.at[place].set(new), memory, own), None
+        return jax.tree.map(lambda leaf, new: put(leaf, new, place, 0), memory, own), None
 
     # Carried and not mapped: a loop's carry is changed where it lies.
     places = jnp.arange(len(memory.length))
