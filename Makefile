@@ -129,7 +129,7 @@ check-memory: $(RUN) ## measure that memory stays constant however long the vide
 	$(PY) benchmarks/check_memory.py
 
 bench: $(DEV) ## run every benchmark, each prints ratios
-	@set -e; for script in $(filter-out benchmarks/check_% benchmarks/\_%,$(sort $(wildcard benchmarks/*.py))); do \
+	@set -e; for script in $(filter-out benchmarks/check_% benchmarks/\_% benchmarks/memory_table.py,$(sort $(wildcard benchmarks/*.py))); do \
 	  echo "== $$script"; $(PY) $$script; done
 
 lint: $(DEV) ## check style: ruff check, ruff format

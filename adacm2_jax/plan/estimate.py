@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from adacm2_jax.errors import UserError
-from adacm2_jax.models.adacm2 import layers_alike, plan_for
+from adacm2_jax.models.adacm2 import layers_alike
 from adacm2_jax.optim import split_params
 from adacm2_jax.plan.steps import (
     Plan,
@@ -267,9 +267,8 @@ class _Sizes:
         return 2 * bank + keys, held
 
     def working_state(self) -> dict[str, float]:
-        """The loop over layers reads one memory and writes another; where no attention is read, the
-        loop that takes in frames comes before that over layers, each with its own. TPUs keep it by
-        heads and their width, padded to tiles, and turn a layer of it around."""
+        """The compiler keeps a second memory while the first is read. TPUs keep it by heads and
+        their width, padded to tiles, and turn a layer of it around."""
         c, q = self.plan.model, self.plan.model.qformer
         if c.memory.policy == "merge":
             return {}
@@ -278,9 +277,7 @@ class _Sizes:
         layer = 2 * self.rows * slots * head
         if self.tiles:
             return {"memory, rewritten": layer * (q.num_cross_layers + 2)}
-        counts = plan_for(c)
-        passes = 1 if counts.ranking == "attention" and counts.older.any() else 2
-        return {"memory, rewritten": layer * q.num_cross_layers * passes}
+        return {"memory, rewritten": layer * q.num_cross_layers}
 
     def watched(self) -> float:
         """What phase one of the gradient carries."""
