@@ -63,7 +63,7 @@ DEV := $(STAMP)-dev $(ACCELERATED)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install quickstart test check-latest check-transformers check-real-weights check-port \
-  check-beam check-faults check-memory check-estimate memory-table bench lint typecheck format lock clean
+  check-beam check-curves check-faults check-memory check-estimate memory-table bench lint typecheck format lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
@@ -113,6 +113,9 @@ check-beam: requirements-dev.txt ## run the tests of the Beam pipeline with its 
 	@$(VENV_BEAM)/bin/python $(PIP_LOCKED) --requirement requirements-dev.txt
 	@$(VENV_BEAM)/bin/python $(PIP) $(BEAM)
 	$(VENV_BEAM)/bin/python -m pytest tests/beam $(PYTEST_ARGS)
+
+check-curves: $(DEV) ## compare training on more meshes of 8 devices, in one process and in two, with one device
+	ALL_MESHES=1 $(PY) -m pytest tests/distributed/test_curves.py $(PYTEST_ARGS)
 
 check-faults: $(RUN) ## kill training runs, fill their disk, lose a process; compare with a run never disturbed
 	$(PY) benchmarks/check_faults.py
