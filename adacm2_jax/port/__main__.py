@@ -17,12 +17,13 @@ import sys
 import traceback
 
 from adacm2_jax.errors import UserError
+from adacm2_jax.port.destination import stop
 
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax speaks of its own affairs
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing half-written stays
+    signal.signal(signal.SIGTERM, stop)
     try:
         return run(args)
     except UserError as error:

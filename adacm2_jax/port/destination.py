@@ -5,11 +5,17 @@ import errno
 import os
 import pathlib
 import shutil
+import sys
+import threading
 from collections.abc import Iterator
 
 from etils import epath
 
 from adacm2_jax.errors import UserError
+
+#: Exit status after SIGTERM.
+STOPPED = 143
+_stopped = threading.Event()
 
 
 def check_destination(target: epath.Path, force: bool) -> None:
@@ -35,6 +41,12 @@ def check_room(target: epath.Path, total: int) -> None:
         )
 
 
+def stop(*_) -> None:
+    """A handler of SIGTERM that leaves nothing half-written."""
+    _stopped.set()
+    sys.exit(STOPPED)
+
+
 @contextlib.contextmanager
 def written_beside(target: epath.Path, force: bool) -> Iterator[epath.Path]:
     """A directory of another name, which becomes ``target`` if the block ends well.
@@ -52,6 +64,8 @@ def written_beside(target: epath.Path, force: bool) -> Iterator[epath.Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        if _stopped.is_set():  # within a callback that lets no exception out
+            sys.exit(STOPPED)
         if not remote:
             replaced = target.parent / f".{target.name}.replaced"
             if target.exists() and force:

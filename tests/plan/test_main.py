@@ -1,7 +1,6 @@
 """``python -m adacm2_jax.plan`` as a command."""
 
 import json
-import resource
 
 import pytest
 
@@ -10,13 +9,9 @@ from tests.small import error_line, run_process
 LVU = ("-m", "adacm2_jax.plan", "--config", "configs/lvu.py")
 
 
-def test_an_estimate_of_the_full_size_takes_seconds_and_is_read_by_machines():
-    start = resource.getrusage(resource.RUSAGE_CHILDREN)
+def test_an_estimate_of_the_full_size_is_read_by_machines():
     done = run_process(*LVU, "--topology", "v5e:4x4", "--estimate", "--json")
     assert done.returncode == 0, done.stderr
-    end = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # Of the processor: other programs may have the machine for a while.
-    assert end.ru_utime - start.ru_utime < 5
     train, stream, decode = json.loads(done.stdout)
     assert (train["step"], stream["step"], decode["step"]) == ("train", "stream", "decode")
     assert train["fits"] and train["largest_batch"] >= train["batch_size"]
