@@ -63,7 +63,7 @@ DEV := $(STAMP)-dev $(ACCELERATED)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install quickstart test check-latest check-transformers check-real-weights check-port \
-  check-beam check-curves check-faults check-memory check-estimate memory-table bench lint typecheck format lock clean
+  check-beam check-curves check-faults check-memory check-estimate check-full-size memory-table bench lint typecheck format lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
@@ -123,6 +123,10 @@ check-faults: $(RUN) ## kill training runs, fill their disk, lose a process; com
 check-estimate: $(DEV) ## compare the planner's estimate with XLA's TPU and GPU compilers (an hour)
 	$(PY) $(PIP) --constraint requirements.txt 'jax[cuda12]'
 	$(PY) benchmarks/check_estimate.py
+
+check-full-size: $(DEV) ## compile the full-size steps for TPU slices and H100s: do they fit, compute what they need (an hour)
+	$(PY) $(PIP) --constraint requirements.txt 'jax[cuda12]'
+	$(PY) benchmarks/check_full_size.py
 
 memory-table: $(DEV) ## device memory by policy and length of video, by XLA's compilers (hours)
 	$(PY) $(PIP) --constraint requirements.txt 'jax[cuda12]'

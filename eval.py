@@ -363,7 +363,7 @@ def write_lines(path: pathlib.Path, rows: Sequence[dict]) -> None:
 
 def main() -> int:
     args = flags.FLAGS
-    workdir, config, video = args.workdir, args.config, args.video
+    workdir, config, video = app.directory("workdir", args.workdir), args.config, args.video
     # A run or a converted checkpoint; else a directory to be, whose model comes from init_from.
     known = not config.init_from or (pathlib.Path(workdir) / "config.json").exists()
     weights = workdir if known else config.init_from
@@ -371,7 +371,7 @@ def main() -> int:
         check_base(weights, check(config))
     else:
         check_same(read_config(weights), json.loads(config.to_json()), weights, FREE)
-    output = pathlib.Path(args.output or pathlib.Path(workdir) / "eval")
+    output = pathlib.Path(app.directory("output", args.output or f"{workdir}/eval"))
     if bool(video) != bool(args.question):
         raise UserError("--video and --question go together: what is asked, and of which video")
     processor = Processor.load(weights, check(config))
@@ -403,7 +403,7 @@ def with_config(argv: Sequence[str]) -> list[str]:
     for word, following in zip(argv, [*argv[1:], ""], strict=True):
         name, equals, value = word.partition("=")
         if name in ("--workdir", "-workdir"):
-            workdir = value if equals else following
+            workdir = app.directory("workdir", value if equals else following)
             read_config(workdir)  # says more clearly than ml_collections if there is none
             recipe = pathlib.Path(__file__).parent / "configs" / "run.py"
             # First, for ml_collections reads overrides by the configuration before them.

@@ -275,7 +275,7 @@ def main() -> None:
     args = flags.FLAGS
     if args.config is None:
         raise UserError("--config is missing: name an experiment, such as configs/needle.py")
-    output = os.path.abspath(args.output)
+    output = os.path.abspath(app.directory("output", args.output))
     job, manifest = plan(args.config, args.split, output, args.dtype, args.shards, args.rows)
     if args.runner == "local":
         manifest = run_local(job, manifest, args.config.data.workers)

@@ -290,7 +290,8 @@ def main() -> None:
     if flags.FLAGS.config is None:
         raise UserError("--config is missing: name an experiment, such as configs/needle.py")
     args = flags.FLAGS
-    results = train_and_evaluate(args.config, args.workdir, args.profile)
+    workdir = app.directory("workdir", args.workdir)
+    results = train_and_evaluate(args.config, workdir, args.profile)
     if is_main():
         print(evaluation.table(results))
 

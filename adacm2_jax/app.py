@@ -20,8 +20,8 @@ def run(
     Flags that every script has: ``--debug``, and those that join several processes.
 
     An error that its reader can mend (a ``UserError``, one of ``user_errors``, a wrong flag or
-    configuration field, a full disk, another process that is gone) becomes one line on stderr and
-    exit status 2; ``--debug`` shows where it was raised.
+    configuration field, a full disk) becomes one line on stderr and exit status 2, another process
+    that is gone likewise and status 75; ``--debug`` shows where it was raised.
     """
     from absl import flags, logging
 
@@ -50,13 +50,27 @@ def run(
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        if message := distributed.explain(error):
-            _report(UserError(message), debug, distributed.leave)
+        if explained := distributed.explain(error):
+            _report(explained, debug, distributed.leave)
         if not _from_configuration(error):
             raise
         _report(error, debug)
     else:
         sys.exit(status or 0)
+
+
+def directory(name: str, path: str) -> str:
+    """The value of a flag that names a directory to write to or to find a run in.
+
+    Raises:
+      UserError: for an address in a bucket: each process would take it for a local directory.
+    """
+    if "://" in path:
+        raise UserError(
+            f"--{name}={path} must be a directory of a mounted file system, not an address in a "
+            "bucket; docs/tpu.md says how to mount one"
+        )
+    return path
 
 
 def _check_config_file(argv: Sequence[str]) -> None:
@@ -95,4 +109,4 @@ def _report(error: Exception, debug: bool, leave: Callable[[int], None] = sys.ex
         traceback.print_exception(error)
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
     print(f"error: {message}", file=sys.stderr, flush=True)
-    leave(2)
+    leave(error.status if isinstance(error, UserError) else UserError.status)

@@ -31,7 +31,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import multihost
 
-from adacm2_jax.errors import UserError
+from adacm2_jax.errors import LostProcessError, UserError
 
 T = TypeVar("T")
 
@@ -61,7 +61,8 @@ def initialize(
       timeout: seconds until all must have come.
 
     Raises:
-      UserError: if the values do not fit together, or somebody is missing.
+      UserError: if the values do not fit together.
+      LostProcessError: if somebody is missing.
     """
     given = [coordinator, num_processes, process_id]
     if not automatic and given == [None] * 3:
@@ -125,8 +126,9 @@ def meet(
     Process 0 listens at ``address`` until everybody has told its number, then lets them go.
 
     Raises:
-      UserError: if one is missing after ``timeout`` seconds: process 0 and those that came are told
-        how many did, and which did not.
+      LostProcessError: if one is missing after ``timeout`` seconds: process 0 and those that came
+        are told how many did, and which did not.
+      UserError: if they were not started as parts of one run.
     """
     if num_processes == 1:
         return
@@ -153,7 +155,7 @@ def _receive(address: tuple[str, int], count: int, deadline: float, timeout: flo
         ) from None
     came: set[int] = set()
     connections: list[socket.socket] = []
-    problem = ""
+    problem: UserError | None = None
     with server, contextlib.ExitStack() as open_sockets:
         while len(came) < count - 1 and not problem:
             server.settimeout(max(deadline - time.monotonic(), 0.001))
@@ -172,28 +174,32 @@ def _receive(address: tuple[str, int], count: int, deadline: float, timeout: flo
                 continue  # not one of ours
             number, total = int(words[1]), int(words[2])
             if total != count:
-                problem = (
+                problem = UserError(
                     f"process {number} was started with --num_processes={total}, process 0 with "
                     f"{count}; start all with the same number"
                 )
             elif number in came:
-                problem = f"two processes were started with --process_id={number}"
+                problem = UserError(f"two processes were started with --process_id={number}")
             came.add(number)
             connections.append(connection)
+        answer = "go"
+        if problem:
+            missing = isinstance(problem, LostProcessError)
+            answer = f"{'missing' if missing else 'refused'} {problem}"
         for connection in connections:
             with contextlib.suppress(OSError):
-                connection.sendall(f"{problem or 'go'}\n".encode())
+                connection.sendall(f"{answer}\n".encode())
         for connection in connections:
             with contextlib.suppress(OSError):
                 connection.recv(1)  # they hang up first, so that the port is free at once
     if problem:
-        raise UserError(problem)
+        raise problem
 
 
-def _missing(count: int, came: set[int], address: tuple[str, int], timeout: float) -> str:
+def _missing(count: int, came: set[int], address: tuple[str, int], timeout: float) -> UserError:
     absent = [str(number) for number in range(1, count) if number not in came]
     some = ", ".join(absent[:8]) + (" …" if len(absent) > 8 else "")
-    return (
+    return LostProcessError(
         f"{len(came) + 1} of {count} processes came within {timeout:g} s, process {some} did not: "
         "look at its log, whether it was started on its host with the same --num_processes, and "
         f"whether that host reaches {address[0]}:{address[1]} (firewall)"
@@ -207,7 +213,7 @@ def _report(
     while not answer:
         left = deadline - time.monotonic()
         if left < 0:
-            raise UserError(
+            raise LostProcessError(
                 f"process {number} of {count} could not meet process 0 at "
                 f"{address[0]}:{address[1]} within {timeout:g} s ({reason}): look at its log, "
                 "whether it was started, and whether its host and port are those of --coordinator "
@@ -224,8 +230,9 @@ def _report(
             reason = error.strerror or str(error)
         if not answer:
             time.sleep(0.2)
-    if answer != "go":
-        raise UserError(answer)
+    word, _, text = answer.partition(" ")
+    if word != "go":
+        raise (LostProcessError if word == "missing" else UserError)(text)
 
 
 def is_main() -> bool:
@@ -312,18 +319,18 @@ def default_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def explain(error: BaseException) -> str | None:
+def explain(error: BaseException) -> UserError | None:
     """What to tell people of an error that is no fault of the program; None for all others."""
     text = str(error)
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if full or any(words in text for words in ("No space left", "Disk quota exceeded")):
-        return (
+        return UserError(
             f"no room on the disk ({_first_line(text)}): make room, then the same command goes on "
             "from the newest complete checkpoint"
         )
     gone = ("Connection closed by peer", "Connection reset", "Gloo ", "coordination", "heartbeat")
     if jax.distributed.is_initialized() and any(words in text for words in gone):
-        return (
+        return LostProcessError(
             f"process {jax.process_index()} lost one of the {jax.process_count()} processes "
             f"({_first_line(text)}): look at the logs of the others for the cause, then start all "
             "again by the same command; they go on from the newest complete checkpoint"

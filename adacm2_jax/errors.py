@@ -5,5 +5,15 @@ class UserError(ValueError):
     """Something in a configuration, a checkpoint or an input that its owner can put right.
 
     The message is one line that names the thing, its value and the remedy; the scripts print it
-    without a traceback and exit with status 2.
+    without a traceback and exit with ``status``.
     """
+
+    status = 2
+
+
+class LostProcessError(UserError):
+    """One of several processes is missing or gone. The same command may do another time, so the
+    status is ``EX_TEMPFAIL``: what restarts jobs can tell it from a mistake.
+    """
+
+    status = 75

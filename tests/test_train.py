@@ -30,6 +30,7 @@ from data.resize import ma_lmm
 from data.video import read_clip
 from tests.data.make_videos import encode, numbered_frames
 from tests.small import (
+    ROOT,
     STEPS,
     error_line,
     get_config,
@@ -311,6 +312,20 @@ def test_a_missing_configuration_or_flag_is_one_line(tmp_path, capsys):
     assert "--config" in error_line(capsys)
     assert run_script("train.py", "--config=tests/small.py") == 2
     assert "--workdir" in error_line(capsys)
+
+
+def test_an_address_in_a_bucket_is_no_directory(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = f"--config={ROOT / 'tests' / 'small.py'}"
+    for command in (
+        ("train.py", small, "--workdir=gs://bucket/run"),
+        ("eval.py", "--workdir=gs://bucket/run"),
+        ("eval.py", small, "--workdir=gs://bucket/run"),
+        ("prepare.py", small, "--output=gs://bucket/run"),
+    ):
+        assert run_script(*command) == 2
+        assert "=gs://bucket/run must be a directory" in error_line(capsys)
+    assert not list(tmp_path.iterdir())
 
 
 def test_as_a_process_an_error_has_a_status_and_no_traceback(compiled_once, tmp_path):
