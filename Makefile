@@ -117,7 +117,7 @@ check-beam: requirements-dev.txt ## run the tests of the Beam pipeline with its 
 check-curves: $(DEV) ## compare training on more meshes of 8 devices, in one process and in two, with one device
 	ALL_MESHES=1 $(PY) -m pytest tests/distributed/test_curves.py $(PYTEST_ARGS)
 
-check-faults: $(RUN) ## kill training runs, fill their disk, lose a process; compare with a run never disturbed
+check-faults: $(DEV) ## kill training runs, fill their disk, lose a process; compare with a run never disturbed
 	$(PY) benchmarks/check_faults.py
 
 check-estimate: $(DEV) ## compare the planner's estimate with XLA's TPU and GPU compilers (an hour)

@@ -142,12 +142,14 @@ class _Sizes:
         length = prompt + g.max_new_tokens - 1
         cache = 2 * self.cache(self.rows, length)
         beams = 2 * self.cache(self.rows * g.num_beams, length)
+        # Beams choose their parents anew at every token: an old cache and a new one. GPUs also turn
+        # the axes of the keys around.
+        copies = 1.0 if g.num_beams == 1 else 2.0 if self.tiles else 2.5
         vocabulary = self.array(4, self.rows * g.num_beams, c.llm.vocab_size) / self.model
         return {
             "prefill": {"cache": cache, **self.llm_layer(self.rows, prompt, length)},
             "answer": {
-                # Beams choose their parents anew at every token: an old cache and a new one.
-                "cache": beams * (2 if g.num_beams > 1 else 1),
+                "cache": beams * copies,
                 "logits": 3 * vocabulary,
                 "head": self.head(),
                 **self.llm_layer(self.rows * g.num_beams, 1, length),
@@ -163,9 +165,9 @@ class _Sizes:
         phases: dict[str, dict[str, float]] = {}
         if plan.how.gradient == "two_phase" and plan.frames > 1:
             chunk = min(plan.how.chunk, plan.frames)
-            kept = {"watched": self.watched(), **cast, **sums}
+            kept = {"watched": self.watched(), **self.ahead(), **cast, **sums}
             phases |= self.reading(chunk, self.rows, kept)
-            after = {"watched": self.watched(), "renewed": self.state_bytes(), **cast, **sums}
+            after = {**self.renewed(), **cast, **sums}
         else:
             kept = {"features": self.features(plan.frames), **cast, **sums}
             phases |= self.reading(plan.frames, self.rows, kept)
@@ -189,6 +191,13 @@ class _Sizes:
         else:
             work = layer | self.early(learned)
         phases["language model, backward"] = {**after, **stored, **work}
+        if not self.tiles:
+            phases["Q-Former, backward"] = {
+                **after,
+                "zeros": self.early(learned)["zeros"],
+                # Of a layer's keys, the gradient in float32; of both, what it is made of.
+                "layer": 2.5 * self.pairs() / c.qformer.num_cross_layers,
+            }
         phases["optimiser"] = {"gradients": learned, **sums}
         return phases
 
@@ -202,9 +211,7 @@ class _Sizes:
         heads = c.num_heads * c.head_dim
         turned = c.depth * c.width * (heads + c.mlp_width) / (self.data * self.model)
         zeros = max(0.0, learned - 4.0 * q.vocab_size * q.width)
-        if self.plan.model.memory.policy != "merge":
-            slots = stream_state(self.plan, self.mesh).memory.slots.shape
-            zeros += 2 * slots[0] * self.rows * slots[2] * q.width * self.memory_width
+        zeros += self.pairs()
         side = c.width * (heads + 2 * c.num_kv_heads * c.head_dim) / self.model
         return {
             "zeros": zeros,
@@ -281,14 +288,44 @@ class _Sizes:
 
     def watched(self) -> float:
         """What phase one of the gradient carries."""
+        return self.state_bytes() + self.remembered() + self.features(1)
+
+    def remembered(self) -> float:
+        """The ViT's features of the tokens in the memory."""
         c = self.plan.model
-        newest = self.features(1)
         if c.memory.policy == "merge":
-            return self.state_bytes() + newest
+            return 0.0
         slots = stream_state(self.plan, self.mesh).memory.slots.shape
         layers = 1 if layers_alike(c) else slots[0]
-        kept = layers * self.rows * self.array(self.feature_width, slots[2], c.vision.width)
-        return self.state_bytes() + kept + newest
+        return layers * self.rows * self.array(self.feature_width, slots[2], c.vision.width)
+
+    def pairs(self) -> float:
+        """Keys and values in the memory."""
+        c = self.plan.model
+        if c.memory.policy == "merge":
+            return 0.0
+        slots = stream_state(self.plan, self.mesh).memory.slots.shape
+        layer = self.array(self.memory_width, slots[2], c.qformer.width)
+        return 2 * slots[0] * self.rows * layer
+
+    def ahead(self) -> dict[str, float]:
+        """Zeros that GPUs make before the first frame, to add gradients of phase two to."""
+        if self.tiles or self.plan.model.memory.policy == "merge":
+            return {}
+        pairs = 0.0 if layers_alike(self.plan.model) else 2 * self.pairs()
+        return {"zeros ahead": 2 * self.remembered() + pairs}
+
+    def renewed(self) -> dict[str, float]:
+        """What phase two holds of the memory while the language model runs."""
+        if self.tiles or self.plan.model.memory.policy == "merge":
+            return {"watched": self.watched(), "renewed": self.state_bytes()}
+        kept = self.remembered()
+        return {
+            "newest": self.features(1),
+            "renewed": self.pairs(),
+            "renewed from": kept + 4 * kept / self.feature_width,
+            "zeros ahead": 2 * kept,
+        }
 
     def state_bytes(self) -> float:
         """Memory and query rows of this device's videos."""
