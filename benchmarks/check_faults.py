@@ -377,6 +377,7 @@ def main() -> int:
         os.environ[PRIVATE] = "1"
         command = ["unshare", "--user", "--map-root-user", "--mount", sys.executable, *sys.argv]
         os.execvp(command[0], command)
+    jax.config.update("jax_platforms", "cpu")  # this process only reads checkpoints
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

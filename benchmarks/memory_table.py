@@ -131,7 +131,8 @@ def main() -> None:
     savings(cells)
     docs = ROOT / "docs"
     (docs / "memory_table.json").write_text(json.dumps(cells, indent=1) + "\n")
-    (docs / "memory_table.md").write_text(table(cells))
+    title = "# Device memory by policy, by the compiler\n\nWritten by `make memory-table`.\n\n"
+    (docs / "memory_table.md").write_text(title + table(cells))
     draw(cells, docs / "memory.png")
 
 

@@ -159,8 +159,9 @@ class _Sizes:
     def train(self) -> dict[str, dict[str, float]]:
         plan, c = self.plan, self.plan.model
         learned = float(self.learned())
-        # Sums of gradients over parts, beside those of one part.
-        sums = {"gradient sums": learned} if plan.how.accumulate > 1 else {}
+        # Of a batch in parts: sums of gradients beside those of one part, and the clips rearranged.
+        clips = self.rows * plan.how.accumulate * plan.frames * 3 * c.vision.image_size**2
+        sums = {"gradient sums": learned, "clips": clips} if plan.how.accumulate > 1 else {}
         cast = self.cast()
         phases: dict[str, dict[str, float]] = {}
         if plan.how.gradient == "two_phase" and plan.frames > 1:
@@ -168,6 +169,24 @@ class _Sizes:
             kept = {"watched": self.watched(), **self.ahead(), **cast, **sums}
             phases |= self.reading(chunk, self.rows, kept)
             after = {**self.renewed(), **cast, **sums}
+            phases["Q-Former, backward"] = {
+                **self.renewal(),
+                **cast,
+                **sums,
+                "gradients": learned + self.pairs(),
+                # Of a layer's keys, the gradient in float32; of both, what it is made of.
+                "layer": 2.5 * self.pairs() / c.qformer.num_cross_layers,
+            }
+            if self.tiles:
+                features = self.remembered()
+                phases["renewal, backward"] = {
+                    **cast,
+                    **sums,
+                    "gradients": learned + 2 * self.pairs(),
+                    # In float32: normalised, with the two temporal embeddings between which they
+                    # lie, and their gradients.
+                    "features": features + 5 * 4 * features / self.feature_width,
+                }
         else:
             kept = {"features": self.features(plan.frames), **cast, **sums}
             phases |= self.reading(plan.frames, self.rows, kept)
@@ -191,13 +210,6 @@ class _Sizes:
         else:
             work = layer | self.early(learned)
         phases["language model, backward"] = {**after, **stored, **work}
-        if not self.tiles:
-            phases["Q-Former, backward"] = {
-                **after,
-                "zeros": self.early(learned)["zeros"],
-                # Of a layer's keys, the gradient in float32; of both, what it is made of.
-                "layer": 2.5 * self.pairs() / c.qformer.num_cross_layers,
-            }
         phases["optimiser"] = {"gradients": learned, **sums}
         return phases
 
@@ -253,7 +265,8 @@ class _Sizes:
                 "features": features + text,
                 "keys and values": keys,
                 "rows": 4 * line + wide,
-                "probabilities": 2 * rows * q.num_heads * self.array(4, q.num_queries, alive),
+                "probabilities": (1 if self.tiles else 2)
+                * (rows * q.num_heads * self.array(4, q.num_queries, alive)),
                 **({"bank": memory} if c.memory.policy == "merge" else {}),
             },
         }
@@ -275,15 +288,13 @@ class _Sizes:
 
     def working_state(self) -> dict[str, float]:
         """The compiler keeps a second memory while the first is read. TPUs keep it by heads and
-        their width, padded to tiles, and turn a layer of it around."""
+        their width, padded to tiles."""
         c, q = self.plan.model, self.plan.model.qformer
         if c.memory.policy == "merge":
             return {}
         slots = stream_state(self.plan, self.mesh).memory.slots.shape[-1]
         head = self.array(self.memory_width, q.num_heads, q.width // q.num_heads)
         layer = 2 * self.rows * slots * head
-        if self.tiles:
-            return {"memory, rewritten": layer * (q.num_cross_layers + 2)}
         return {"memory, rewritten": layer * q.num_cross_layers}
 
     def watched(self) -> float:
@@ -301,12 +312,12 @@ class _Sizes:
 
     def pairs(self) -> float:
         """Keys and values in the memory."""
-        c = self.plan.model
+        c, q = self.plan.model, self.plan.model.qformer
         if c.memory.policy == "merge":
             return 0.0
         slots = stream_state(self.plan, self.mesh).memory.slots.shape
-        layer = self.array(self.memory_width, slots[2], c.qformer.width)
-        return 2 * slots[0] * self.rows * layer
+        heads = self.array(self.memory_width, q.num_heads, slots[2], q.width // q.num_heads)
+        return 2 * slots[0] * self.rows * heads
 
     def ahead(self) -> dict[str, float]:
         """Zeros that GPUs make before the first frame, to add gradients of phase two to."""
@@ -319,12 +330,16 @@ class _Sizes:
         """What phase two holds of the memory while the language model runs."""
         if self.tiles or self.plan.model.memory.policy == "merge":
             return {"watched": self.watched(), "renewed": self.state_bytes()}
+        return self.renewal()
+
+    def renewal(self) -> dict[str, float]:
+        """Keys and values of the memory, and all that their gradients need."""
         kept = self.remembered()
         return {
             "newest": self.features(1),
             "renewed": self.pairs(),
             "renewed from": kept + 4 * kept / self.feature_width,
-            "zeros ahead": 2 * kept,
+            "zeros ahead": 0.0 if self.tiles else 2 * kept,
         }
 
     def state_bytes(self) -> float:
