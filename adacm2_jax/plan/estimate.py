@@ -157,61 +157,73 @@ class _Sizes:
         }
 
     def train(self) -> dict[str, dict[str, float]]:
-        plan, c = self.plan, self.plan.model
+        how, frames = self.plan.how, self.plan.frames
         learned = float(self.learned())
-        # Of a batch in parts: sums of gradients beside those of one part, and the clips rearranged.
-        clips = self.rows * plan.how.accumulate * plan.frames * 3 * c.vision.image_size**2
-        sums = {"gradient sums": learned, "clips": clips} if plan.how.accumulate > 1 else {}
-        cast = self.cast()
-        phases: dict[str, dict[str, float]] = {}
-        if plan.how.gradient == "two_phase" and plan.frames > 1:
-            chunk = min(plan.how.chunk, plan.frames)
-            kept = {"watched": self.watched(), **self.ahead(), **cast, **sums}
-            phases |= self.reading(chunk, self.rows, kept)
-            after = {**self.renewed(), **cast, **sums}
-            phases["Q-Former, backward"] = {
-                **self.renewal(),
-                **cast,
-                **sums,
-                "gradients": learned + self.pairs(),
-                # Of a layer's keys, the gradient in float32; of both, what it is made of.
-                "layer": 2.5 * self.pairs() / c.qformer.num_cross_layers,
-            }
-            if self.tiles:
-                features = self.remembered()
-                phases["renewal, backward"] = {
-                    **cast,
-                    **sums,
-                    "gradients": learned + 2 * self.pairs(),
-                    # In float32: normalised, with the two temporal embeddings between which they
-                    # lie, and their gradients.
-                    "features": features + 5 * 4 * features / self.feature_width,
-                }
+        beside = self.cast()
+        if how.accumulate > 1:
+            # Sums of gradients beside those of one part, and the clips rearranged into parts.
+            pixels = 3 * self.plan.model.vision.image_size**2
+            clips = float(self.rows * how.accumulate * frames * pixels)
+            beside |= {"gradient sums": learned, "clips": clips}
+        if how.gradient == "two_phase" and frames > 1:
+            phases, after = self.two_phase(beside, learned)
         else:
-            kept = {"features": self.features(plan.frames), **cast, **sums}
-            phases |= self.reading(plan.frames, self.rows, kept)
-            after = kept | {"memory of every frame": plan.frames * self.state_bytes()}
+            kept = {"features": self.features(frames), **beside}
+            phases = self.reading(frames, self.rows, kept)
+            after = kept | {"memory of every frame": frames * self.state_bytes()}
+        return phases | self.answering(after, learned) | {"optimiser": {"gradients": learned}}
+
+    # The parts of training.
+
+    def two_phase(
+        self, beside: dict[str, float], learned: float
+    ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+        """The phases of the memory, and what is kept of it while the language model runs."""
+        chunk = min(self.plan.how.chunk, self.plan.frames)
+        kept = {"watched": self.watched(), **self.ahead(), **beside}
+        phases = self.reading(chunk, self.rows, kept)
+        phases["Q-Former, backward"] = {
+            **self.renewal(),
+            **beside,
+            "gradients": learned + self.pairs(),
+            # Of a layer's keys, the gradient in float32; of both, what it is made of.
+            "layer": 2.5 * self.pairs() / self.plan.model.qformer.num_cross_layers,
+        }
+        if self.tiles:
+            features = self.remembered()
+            phases["renewal, backward"] = {
+                **beside,
+                "gradients": learned + 2 * self.pairs(),
+                # In float32: normalised, with the two temporal embeddings between which they lie,
+                # and their gradients.
+                "features": features + 5 * 4 * features / self.feature_width,
+            }
+        return phases, {**self.renewed(), **beside}
+
+    def answering(self, after: dict[str, float], learned: float) -> dict[str, dict[str, float]]:
+        """The language model, beside what is kept of the memory."""
+        c = self.plan.model
         places = c.qformer.num_queries + c.max_text_len + c.max_answer_len
         text = c.max_text_len + c.max_answer_len
         residuals = c.llm.depth if c.remat else c.llm.depth * 12
         stored = {"residuals": residuals * self.array(self.width, self.rows, places, c.llm.width)}
         logits = self.array(4, self.rows * text, c.llm.vocab_size) / self.model
         layer = self.llm_layer(self.rows, places, places)
-        phases["language model, logits"] = {
-            **after,
-            **stored,
-            "logits": 2 * logits,
-            "head": self.head(),
-        }
         if self.tiles:
             # A layer's weights for this round and, on their way, for the next; its activations and
             # their gradients.
             work = {name: 2 * size for name, size in layer.items()}
         else:
             work = layer | self.early(learned)
-        phases["language model, backward"] = {**after, **stored, **work}
-        phases["optimiser"] = {"gradients": learned, **sums}
-        return phases
+        return {
+            "language model, logits": {
+                **after,
+                **stored,
+                "logits": 2 * logits,
+                "head": self.head(),
+            },
+            "language model, backward": {**after, **stored, **work},
+        }
 
     # The parts of the phases.
 
@@ -222,8 +234,7 @@ class _Sizes:
         c, q = self.plan.model.llm, self.plan.model.qformer
         heads = c.num_heads * c.head_dim
         turned = c.depth * c.width * (heads + c.mlp_width) / (self.data * self.model)
-        zeros = max(0.0, learned - 4.0 * q.vocab_size * q.width)
-        zeros += self.pairs()
+        zeros = max(0.0, learned - 4.0 * q.vocab_size * q.width) + self.pairs()
         side = c.width * (heads + 2 * c.num_kv_heads * c.head_dim) / self.model
         return {
             "zeros": zeros,
