@@ -170,7 +170,12 @@ class _Sizes:
         else:
             kept = {"features": self.features(frames), **beside}
             phases = self.reading(frames, self.rows, kept)
-            after = kept | {"memory of every frame": frames * self.state_bytes()}
+            # Of every frame: the memory before it, and its own tokens with their gradients.
+            after = kept | {
+                "memories": frames * self.state_bytes(),
+                "keys and values": 2 * phases["Q-Former"]["keys and values"],
+                "normalised": 2 * 4 * self.features(frames) / self.feature_width,
+            }
         return phases | self.answering(after, learned) | {"optimiser": {"gradients": learned}}
 
     # The parts of training.
