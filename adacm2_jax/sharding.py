@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from adacm2_jax.errors import UserError
@@ -54,7 +54,8 @@ def make_mesh(shape: tuple[int, int] = (-1, 1), devices: Sequence[Any] | None = 
     Raises:
       UserError: if the shape does not match the number of devices.
     """
-    count = jax.device_count() if devices is None else len(devices)
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
     data, model = shape
     if data == -1 and model > 0 and count % model == 0:
         data = count // model
@@ -63,8 +64,13 @@ def make_mesh(shape: tuple[int, int] = (-1, 1), devices: Sequence[Any] | None = 
             f"mesh = {tuple(shape)} does not cover the {count} device(s) present; the product must "
             f"be {count}, or the first entry -1"
         )
-    axes = dict(axis_types=(AxisType.Auto,) * 2)
-    return jax.make_mesh((data, model), ("data", "model"), devices=devices, **axes)
+    try:
+        placed = mesh_utils.create_device_mesh((data, model), devices)
+    except NotImplementedError:  # an axis of the mesh needs a part of one of the torus
+        placed = mesh_utils.create_device_mesh(
+            (data, model), devices, allow_split_physical_axes=True
+        )
+    return Mesh(placed, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
 def param_shardings(boxed, mesh: Mesh):
@@ -107,18 +113,26 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def data_share(mesh: Mesh) -> tuple[int, int]:
     """Which share of every batch this process brings, and how many shares there are.
 
-    That is one a process, unless a data shard lies on several: these then bring the same rows.
+    That is one a process, unless a data shard lies on several: these then bring the same rows. The
+    shards of a process need not be neighbours: on a torus, devices are ordered by their links.
+
+    Raises:
+      UserError: if the processes hold unequal numbers of shards, or some of each other's.
     """
     if jax.process_count() == 1:
         return 0, 1
-    owners = [{device.process_index for device in row} for row in mesh.devices]
-    mine = [place for place, owner in enumerate(owners) if jax.process_index() in owner]
-    if len(owners) % len(mine) or mine[0] % len(mine) or mine[-1] - mine[0] >= len(mine):
+    held: dict[int, set[int]] = {}
+    for shard, row in enumerate(mesh.devices):
+        for device in row:
+            held.setdefault(device.process_index, set()).add(shard)
+    shares = sorted({tuple(sorted(shards)) for shards in held.values()})
+    if len({len(share) for share in shares}) > 1 or sum(map(len, shares)) > len(mesh.devices):
         raise UserError(
-            f"mesh = {mesh.devices.shape}: process {jax.process_index()} holds data shards {mine} "
-            f"of {len(owners)}; choose a mesh that gives every process equal ones"
+            f"mesh = {mesh.devices.shape}: the processes hold data shards "
+            f"{', '.join(map(str, shares))}; choose a mesh that gives all of them equal ones"
         )
-    return mine[0] // len(mine), len(owners) // len(mine)
+    mine = tuple(sorted(held[jax.process_index()]))
+    return shares.index(mine), len(shares)
 
 
 def rows_per_process(batch_size: int, mesh: Mesh, parts: int = 1) -> int:
@@ -143,7 +157,10 @@ def rows_per_process(batch_size: int, mesh: Mesh, parts: int = 1) -> int:
 
 
 def shard_batch(batch, mesh: Mesh):
-    """Puts this process's rows of a batch (numpy leaves, batch axis first) on the mesh."""
+    """Puts this process's rows of a batch (numpy leaves, batch axis first) on the mesh.
+
+    Which rows come first in the global array depends on where the process's shards lie.
+    """
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
 

@@ -70,6 +70,7 @@ def train(
     save: str = "",
     load: str = "",
     ulp: bool = False,
+    interleaved: bool = False,
 ) -> list[float]:
     """The losses of all steps.
 
@@ -79,8 +80,13 @@ def train(
       save: a directory where the state after half of the steps is saved.
       load: one of those, to go on from.
       ulp: changes every parameter that learns by one unit in the last place, up or down.
+      interleaved: lays the first data shard on the first process, the second on the second, and so
+        on, as on a torus, where the shards of a process are no neighbours.
     """
     mesh = make_mesh(tuple(shape), jax.devices()[:1] if tuple(shape) == (1, 1) else None)
+    if interleaved:
+        halves = np.stack(np.split(mesh.devices, 2), axis=1).reshape(mesh.devices.shape)
+        mesh = jax.sharding.Mesh(halves, mesh.axis_names, axis_types=mesh.axis_types)
     distributed.connect(mesh)
     abstract = abstract_params(model_config(), GROUPS, mesh)
     learned, frozen = split_params(merge_params(restore_params(start, abstract), {}), GROUPS)

@@ -22,7 +22,7 @@ def curves(compiled_once, tmp_path_factory) -> dict:
         results = run_curves(path, processes, list(jobs.values()), **options)
         found.update(zip(jobs, results, strict=True))
 
-    one = {"shape": (1, 1)}
+    one, by_two = {"shape": (1, 1)}, str(path / "by_two")
     run(
         1,
         {"one": one, "ulp": one | {"ulp": True}}
@@ -33,14 +33,14 @@ def curves(compiled_once, tmp_path_factory) -> dict:
     run(
         2,
         {("two", shape): {"shape": shape} for shape in MESHES[1:]}
-        | {("two", MESHES[0]): {"shape": MESHES[0], "save": str(path / "by_two")}}
+        | {("two", MESHES[0]): {"shape": MESHES[0], "save": by_two, "interleaved": True}}
         | {"eight to two": {"shape": (2, 4), "load": str(path / "by_eight")}},
     )
     run(
         1,
         {
-            "two to one": one | {"load": str(path / "by_two")},
-            "two to eight": {"shape": (4, 2), "load": str(path / "by_two")},
+            "two to one": one | {"load": by_two},
+            "two to eight": {"shape": (4, 2), "load": by_two},
         },
     )
     return found

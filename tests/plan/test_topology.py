@@ -1,12 +1,17 @@
 """Names of topologies, and what is said where one cannot be had."""
 
 import sys
+import types
+from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
 from adacm2_jax.errors import UserError
 from adacm2_jax.plan.estimate import abstract_mesh
 from adacm2_jax.plan.topology import CHIPS, parse_topology, topology_devices
+from adacm2_jax.sharding import data_share, make_mesh, rows_per_process
 
 
 @pytest.mark.parametrize(
@@ -71,3 +76,42 @@ def test_chips_have_a_balance_between_arithmetic_and_memory():
 def test_a_mesh_that_does_not_cover_the_topology_is_refused(shape):
     with pytest.raises(UserError, match="does not cover"):
         abstract_mesh(shape, parse_topology("v5e:2x2"))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "shares"),
+    [
+        ("v5e:4x4", (-1, 1), 4),
+        ("v5e:4x4", (2, 8), 2),  # a data shard on two hosts: both bring the same rows
+        ("v5e:4x4", (1, 16), 1),
+        ("v6e:4x4", (8, 2), 4),  # needs half an axis of the torus
+        ("v5p:2x4x4", (-1, 1), 8),
+        ("v5p:4x4x4", (32, 2), 16),
+        ("v5e:16x16", (-1, 1), 64),
+    ],
+)
+def test_the_hosts_of_a_slice_bring_every_row_of_a_batch_once(monkeypatch, name, shape, shares):
+    """On a torus the mesh follows the links, so the shards of a host are no neighbours."""
+    mesh = make_mesh(shape, topology_devices(parse_topology(name)))
+    hosts = {device.process_index for device in mesh.devices.flat}
+    monkeypatch.setattr(jax, "process_count", lambda: len(hosts))
+    by_rank: dict[int, set] = {}
+    for host in hosts:
+        monkeypatch.setattr(jax, "process_index", lambda host=host: host)
+        rank, world = data_share(mesh)
+        assert world == shares and rows_per_process(512, mesh) == 512 // shares
+        held = [i for i, row in enumerate(mesh.devices) for d in row if d.process_index == host]
+        by_rank.setdefault(rank, set()).add(tuple(sorted(set(held))))
+    assert sorted(by_rank) == list(range(shares))
+    # Those of one rank hold the same shards, and together all shards are held once.
+    assert all(len(found) == 1 for found in by_rank.values())
+    everything = [shard for found in by_rank.values() for shard in next(iter(found))]
+    assert sorted(everything) == list(range(mesh.shape["data"]))
+
+
+def test_hosts_with_unequal_shares_are_refused(monkeypatch):
+    devices = [[types.SimpleNamespace(process_index=host)] for host in (0, 0, 1)]
+    mesh: Any = types.SimpleNamespace(devices=np.array(devices))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match=r"hold data shards \(0, 1\), \(2,\); choose a mesh"):
+        data_share(mesh)
