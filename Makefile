@@ -1,4 +1,5 @@
-# `make help` lists what there is to do. Everything is installed from PyPI into .venv, nowhere else.
+# `make help` lists what there is to do. Everything is installed from PyPI into .venv, and for three
+# checks into .venv-latest, .venv-transformers4 and .venv-beam; nowhere else.
 
 # --- Settings: give them on the command line, for example `make test PYTHON=python3.12` ---------------
 # PYTHON         interpreter that .venv is made with: 3.11, 3.12 or 3.13
@@ -68,7 +69,7 @@ DEV := $(STAMP)-dev $(ACCELERATED)
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
 	  awk -F '\t' '{ printf "  make %-19s %s\n", $$1, $$2 }'
-	@echo "Settings: PYTHON PYTHON_LATEST ACCELERATOR=cuda|cuda12|cuda13|tpu PYTEST_ARGS LOCK_ARGS (see the top of Makefile)"
+	@echo "Settings: PYTHON PYTHON_LATEST ACCELERATOR=cuda|cuda12|cuda13|tpu WORKERS PYTEST_ARGS LOCK_ARGS (see the top of Makefile)"
 
 install: $(RUN) ## install into .venv what the scripts need
 
@@ -136,7 +137,7 @@ check-memory: $(RUN) ## measure that memory stays constant however long the vide
 	$(PY) benchmarks/check_memory.py
 
 bench: $(DEV) ## run every benchmark, each prints ratios
-	@set -e; for script in $(filter-out benchmarks/check_% benchmarks/\_% benchmarks/memory_table.py,$(sort $(wildcard benchmarks/*.py))); do \
+	@set -e; for script in $(filter-out benchmarks/check_% benchmarks/_% benchmarks/memory_table.py,$(sort $(wildcard benchmarks/*.py))); do \
 	  echo "== $$script"; $(PY) $$script; done
 
 lint: $(DEV) ## check style: ruff check, ruff format

@@ -1,7 +1,7 @@
 """Answers questions about videos: a whole split, or one video.
 
-    python eval.py --workdir runs/quickstart
-    python eval.py --workdir runs/quickstart --video clip.mp4 --question "which digit …?"
+    python eval.py --workdir runs/quickstart/main
+    python eval.py --workdir runs/quickstart/main --video clip.mp4 --question "which digit …?"
 
 Writes ``predictions.jsonl`` and ``metrics.json``. The experiment is that of the run; fields are
 overridden as in training, for example ``--config.model.memory.recent_ratio=0.2``.
@@ -28,7 +28,6 @@ from adacm2_jax.checkpoint import (
     is_base,
     read_config,
     restore_params,
-    saved_steps,
     write_json,
 )
 from adacm2_jax.config import AdaCM2Config, MemoryConfig, from_dict
@@ -147,9 +146,16 @@ def make_sampling(config: ConfigDict) -> Sampling:
 
 def make_memories(config: ConfigDict, model_config: AdaCM2Config) -> dict[str, MemoryConfig]:
     """The memory of every policy in ``eval.policies``, with the ratios of ``model.memory``."""
-    frames = config.eval.full_frames or config.data.sampling.num_frames
+    sampling = config.data.sampling
+    sampled = sampling.num_frames if sampling.mode == "uniform" else sampling.max_frames
+    frames = config.eval.full_frames or sampled
     if not config.eval.policies:
         raise UserError("eval.policies is empty; name at least one, such as ('adacm2',)")
+    if "full" in config.eval.policies and not frames:
+        raise UserError(
+            "eval.policies has 'full', which must hold all frames, but data.sampling.mode = "
+            f"{sampling.mode!r} has no most; set eval.full_frames or data.sampling.max_frames"
+        )
     memories = {}
     for policy in config.eval.policies:
         options = {"policy": policy} | ({"max_frames": frames} if policy == "full" else {})
@@ -173,7 +179,8 @@ def load_params(config: ConfigDict, workdir: str | os.PathLike) -> dict:
     model_config, mesh = from_dict(config.model.to_dict()), make_mesh(tuple(config.mesh))
     connect(mesh)
     abstract = abstract_params(model_config, config.optim.groups, mesh)
-    if saved_steps(workdir) or not (config.init_from or is_base(workdir)):
+    run = (pathlib.Path(workdir) / "config.json").exists() and not is_base(workdir)
+    if run or not (config.init_from or is_base(workdir)):
         return merge_params(restore_params(workdir, abstract, base=config.init_from), {})
     source = workdir if is_base(workdir) else config.init_from
     return start_params(source, model_config, abstract, config.init_missing, config.seed)

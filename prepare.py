@@ -43,11 +43,11 @@ from data.feature_shards import (
     DTYPES,
     check_room,
     missing_shards,
-    remove_abandoned,
     shard_clips,
     write_shard,
 )
 from data.jsonl import Example
+from data.partials import remove_abandoned
 from data.pipeline import clips, iter_batches, stack
 from data.sources import open_source
 

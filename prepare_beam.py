@@ -5,6 +5,7 @@ Workers import this module and what it imports, so the repository must be on the
 """
 
 import re
+import threading
 from collections.abc import Iterator, Sequence
 
 import apache_beam as beam
@@ -14,6 +15,8 @@ from apache_beam.runners.runner import create_runner
 import prepare
 from adacm2_jax.errors import UserError
 
+#: A process holds one ViT and one set of decoded clips, however many threads its runner has.
+_ONE_AT_A_TIME = threading.Lock()
 RUNNERS = {"direct": "DirectRunner", "dataflow": "DataflowRunner", "flink": "FlinkRunner"}
 
 
@@ -24,7 +27,8 @@ class WriteShard(beam.DoFn):
         self._job, self._manifest = job, manifest
 
     def process(self, shard: int) -> Iterator[int]:
-        prepare.worker_of(self._job).write(self._manifest, shard)
+        with _ONE_AT_A_TIME:
+            prepare.worker_of(self._job).write(self._manifest, shard)
         yield shard
 
 

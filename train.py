@@ -1,6 +1,6 @@
 """Trains AdaCM² on videos with questions and answers.
 
-    python train.py --config configs/needle.py --workdir runs/needle [--config.train.steps=100]
+    python train.py --config configs/needle.py:first --workdir runs/first [--config.train.steps=100]
 
 The same command goes on with a run that was stopped, from its newest checkpoint, also on another
 mesh or with another number of processes (see adacm2_jax/distributed.py).
@@ -11,6 +11,7 @@ import dataclasses
 import json
 import pathlib
 import sys
+from typing import NoReturn
 
 import jax
 from absl import flags
@@ -22,6 +23,7 @@ from adacm2_jax import app
 from adacm2_jax.checkpoint import (
     Checkpoints,
     check_same,
+    read_base,
     read_config,
     read_link,
     saved_steps,
@@ -81,8 +83,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, profile: int = 0) -> di
     root, stored = pathlib.Path(workdir), json.loads(config.to_json())
     resumed = (root / "config.json").exists()
     if resumed:
-        moved = ("init_from",) if read_link(root) else ()  # a base counts by its fingerprint
-        check_same(read_config(root), stored, root, FREE + moved)
+        check_same(read_config(root), stored, root, FREE + free_base(root, config.init_from))
     model_config = evaluation.check(config)
     if model_config.dtype == "float16":
         raise UserError(
@@ -156,6 +157,16 @@ def train_and_evaluate(config: ConfigDict, workdir: str, profile: int = 0) -> di
                         writer.write(step, {f"eval/{name}/accuracy": result["accuracy"]})
                 return results
 
+            def stop(step: int, number: int) -> NoReturn:
+                checkpoints.wait()
+                print(f"stopped after step {step}; the same command goes on", flush=True)
+                sys.exit(128 + number)
+
+            def stop_if_asked(step: int) -> None:
+                checkpoints.wait()  # which may take long
+                if number := preemption.agreed():
+                    stop(step, number)
+
             train_step = make_train_step(model_config, optimizer, config.seed, state, how)
             quiet = not is_main() or None  # None: where it is no terminal
             bar = tqdm(total=last, initial=first - 1, desc="train", disable=quiet, unit="step")
@@ -165,7 +176,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, profile: int = 0) -> di
                     # Before the step after it, so that a resumed run makes up for a missed one.
                     if config.eval.every and step > 1 and (step - 1) % config.eval.every == 0:
                         save()
-                        checkpoints.wait()
+                        stop_if_asked(step - 1)
                         with default_sigterm():  # nothing would be lost
                             evaluate(step - 1)
                     batch = make_batch(next(batches), config, processor)
@@ -184,16 +195,22 @@ def train_and_evaluate(config: ConfigDict, workdir: str, profile: int = 0) -> di
                     if step % config.train.log_every == 0 or step == last:
                         writer.write(step, metrics | {"learning_rate": float(schedule(step - 1))})
                         bar.set_postfix(loss=metrics["loss"], accuracy=metrics["token_accuracy"])
-                    stop = preemption.agreed()
-                    if step % config.checkpoint.every == 0 or step == last or stop:
+                    asked = preemption.agreed()
+                    if step % config.checkpoint.every == 0 or step == last or asked:
                         save()
-                    if stop:
-                        checkpoints.wait()
-                        print(f"stopped after step {step}; the same command goes on", flush=True)
-                        sys.exit(128 + stop)
-                checkpoints.wait()
+                    if asked:
+                        stop(step, asked)
+                stop_if_asked(last)
             bar.close()
             return evaluate(last)
+
+
+def free_base(root: pathlib.Path, init_from: str) -> tuple[str, ...]:
+    """``init_from`` as a field that may change, where a base counts by its fingerprint: in a run
+    that has steps (which are compared with it), or where this one is the same in another place."""
+    link = read_link(root)
+    same = link and read_base(init_from).get("fingerprint") == link["fingerprint"]
+    return ("init_from",) if same or (link and saved_steps(root)) else ()
 
 
 def make_processor(
@@ -263,7 +280,9 @@ def make_dataset(config, model_config: AdaCM2Config, source, load: LoadClip):
             (load.num_frames, vision.tokens_per_frame, vision.width),
             "bfloat16" if model_config.feature_dtype == "bfloat16" else "float32",
         )
-    return cached_clips(source, load, data.cache_dir) if data.cache else clips(source, load)
+    if data.cache:
+        return cached_clips(source, load, data.cache_dir, data.workers)
+    return clips(source, load)
 
 
 def make_step(config) -> StepConfig:

@@ -93,8 +93,9 @@ class Checkpoints:
           frozen: by path.
           init_from: what the run starts from. What a base has is not written, but named.
         """
-        if is_main() and (self._workdir / "frozen").exists():
-            shutil.rmtree(self._workdir / "frozen")
+        if is_main():
+            shutil.rmtree(self._workdir / "frozen", ignore_errors=True)
+            (self._workdir / LINK).unlink(missing_ok=True)
         wait_for_all()
         if init_from and is_base(init_from):
             stored = stored_shapes(_absolute(init_from) / PARAMS_DIR)

@@ -162,17 +162,17 @@ def _receive(address: tuple[str, int], count: int, deadline: float, timeout: flo
             try:
                 connection = open_sockets.enter_context(server.accept()[0])
                 connection.settimeout(5)
-                words = connection.makefile().readline().split()
+                word, *numbers = connection.makefile().readline().split()
+                number, total = map(int, numbers)
             except TimeoutError:
                 if time.monotonic() < deadline:
                     continue  # somebody who says nothing
                 problem = _missing(count, came, address, timeout)
                 break
-            except OSError:
+            except (OSError, ValueError):
+                continue  # gone, or not one of ours
+            if word != "process":
                 continue
-            if words[:1] != ["process"]:
-                continue  # not one of ours
-            number, total = int(words[1]), int(words[2])
             if total != count:
                 problem = UserError(
                     f"process {number} was started with --num_processes={total}, process 0 with "

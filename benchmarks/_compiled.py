@@ -1,12 +1,15 @@
 """Reports of the planner for one experiment with a few fields changed; each is compiled once.
 
-A full-size training step takes minutes to compile, so reports are kept in ``.cache/plan``; delete
-the directory to have them compiled anew.
+A full-size training step takes minutes to compile, so reports are kept in ``.cache/plan`` for as
+long as the code and the compilers are the same.
 """
 
 import ast
+import contextlib
+import functools
 import hashlib
 import importlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -29,10 +32,21 @@ def experiment(config: str, overrides: dict):
     return found
 
 
+@functools.cache
+def version() -> str:
+    """A hash of all that a report depends on but the experiment's fields: code and compilers."""
+    files = sorted([*ROOT.glob("adacm2_jax/**/*.py"), *ROOT.glob("configs/*.py")])
+    parts = [path.read_bytes() for path in files if path.name != "estimate.py"]
+    for name in ("jax", "jaxlib", "libtpu", "flax", "optax", "jax-cuda12-plugin"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            parts.append(f"{name} {importlib.metadata.version(name)}".encode())
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
 def report(config: str, overrides: dict, topology: str, mesh: tuple[int, int], step: str) -> dict:
     """What the compiler says, as ``Report.to_json`` holds it."""
     case = [config, dict(sorted(overrides.items())), topology, list(mesh), step]
-    name = hashlib.sha256(json.dumps(case).encode()).hexdigest()[:16]
+    name = hashlib.sha256(json.dumps([version(), *case]).encode()).hexdigest()[:16]
     path = CACHE / f"{name}.json"
     if not path.exists():
         # A process of its own: a compiler keeps gigabytes, and its messages are its own.

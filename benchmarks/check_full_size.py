@@ -82,6 +82,8 @@ def length_rows(failures: list[str]) -> list[str]:
             found = report("lvu", fields, "v5e:4x4", (-1, 1), "train")
             memory = found["memory"]
             temporaries[gradient, frames] = memory["temporaries"]
+            if gradient == "two_phase" and not found["fits"]:
+                failures.append(f"training on {frames} frames does not fit")
             lines.append(
                 f"| `{gradient}` | {frames:,} | {memory['temporaries'] / GIB:.3f} | "
                 f"{memory['total'] / GIB:.2f} | {'yes' if found['fits'] else 'no'} |"

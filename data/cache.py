@@ -8,7 +8,6 @@ import math
 import os
 import pathlib
 import shutil
-import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from data.errors import DataError
 from data.jsonl import Example
+from data.partials import beside_path, remove_abandoned
 from data.pipeline import LoadClip, clips, iter_batches, stack
 
 _ROWS = 64
@@ -90,14 +90,14 @@ def cached_clips(
 def _fill(source: Sequence[Example], load: LoadClip, target: pathlib.Path, workers: int) -> None:
     shape = (len(source), load.num_frames, load.size, load.size, 3)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(target)
+    remove_abandoned(target.parent, target.name)
     disk, size = os.statvfs(target.parent), math.prod(shape)
     if size > disk.f_bavail * disk.f_frsize:
         raise DataError(
             f"{target.parent}: no room for {size / 1e9:.1f} GB of decoded clips; unset data.cache, "
             "or set data.cache_dir to a larger disk"
         )
-    partial = target.with_name(f"{target.name}.partial-{socket.gethostname()}-{os.getpid()}")
+    partial = beside_path(target)
     partial.mkdir()
     try:
         _decode(source, load, partial, shape, workers)
@@ -107,17 +107,6 @@ def _fill(source: Sequence[Example], load: LoadClip, target: pathlib.Path, worke
             raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _remove_abandoned(target: pathlib.Path) -> None:
-    """Removes what killed processes of this machine left: it may be many gigabytes."""
-    for partial in target.parent.glob(f"{target.name}.partial-{socket.gethostname()}-*"):
-        try:
-            os.kill(int(partial.name.rsplit("-", 1)[1]), 0)
-        except ProcessLookupError:
-            shutil.rmtree(partial, ignore_errors=True)
-        except PermissionError:
-            continue  # alive, and somebody else's
 
 
 def _decode(

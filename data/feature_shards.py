@@ -16,7 +16,6 @@ import json
 import math
 import os
 import pathlib
-import socket
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -26,6 +25,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from data.errors import DataError
+from data.partials import beside_path
 
 DTYPES = ("bfloat16", "float32", "int8")
 _COUNT = np.dtype("<u4")
@@ -169,7 +169,7 @@ def write_shard(
       DataError: if the disk is full or may not be written to.
     """
     path, dtype = shard_path(directory, manifest, shard), manifest["dtype"]
-    beside = path.with_name(beside_name(path.name))
+    beside = beside_path(path)
     figures: dict[str, Any] = {"key": manifest["key"], "frames": 0, "unreadable": 0}
     error, count = Error(), 0
     try:
@@ -221,22 +221,6 @@ class _Writer:
                 f"{self._path} cannot be written ({str(error).split(';')[0]}): make room; the same "
                 "command goes on with the shards that are missing"
             ) from None
-
-
-def remove_abandoned(directory: str | os.PathLike) -> None:
-    """Removes what killed processes of this machine left."""
-    for partial in pathlib.Path(directory).glob(f".*.partial-{socket.gethostname()}-*"):
-        try:
-            os.kill(int(partial.name.rsplit("-", 1)[1]), 0)
-        except ProcessLookupError:
-            partial.unlink(missing_ok=True)
-        except PermissionError:
-            continue  # alive, and somebody else's
-
-
-def beside_name(name: str) -> str:
-    """What a file is called while this process writes it."""
-    return f".{name}.partial-{socket.gethostname()}-{os.getpid()}"
 
 
 def shard_figures(path: pathlib.Path, manifest: dict[str, Any], shard: int) -> dict[str, Any]:

@@ -28,7 +28,6 @@ from data.errors import DataError
 from data.feature_shards import (
     DTYPES,
     Error,
-    beside_name,
     damaged,
     missing_shards,
     record_bytes,
@@ -38,6 +37,7 @@ from data.feature_shards import (
     unpack,
 )
 from data.jsonl import Example, JsonlSource
+from data.partials import beside_path
 from data.pipeline import LoadClip
 
 MANIFEST = "manifest.json"
@@ -170,7 +170,7 @@ def read_manifest(directory: str | os.PathLike) -> dict[str, Any] | None:
 def write_manifest(directory: str | os.PathLike, manifest: dict[str, Any]) -> None:
     """Writes it beside, then renames it."""
     path = pathlib.Path(directory) / MANIFEST
-    beside = path.with_name(beside_name(path.name))
+    beside = beside_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside.write_text(json.dumps(manifest, indent=2) + "\n")

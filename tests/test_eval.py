@@ -344,8 +344,9 @@ def test_no_run_and_no_checkpoint_are_told_apart(small_run, tmp_path, capsys):
     assert str(tmp_path) in line and "config.json" in line
     ignore = shutil.ignore_patterns("checkpoints")
     shutil.copytree(small_run, tmp_path / "fresh", ignore=ignore)
-    assert run_script("eval.py", f"--workdir={tmp_path / 'fresh'}") == 2
-    assert "no checkpoint here; train first" in error_line(capsys)
+    for given in ([], [f"--config.init_from={small_run}"]):  # which is not the run's own model
+        assert run_script("eval.py", f"--workdir={tmp_path / 'fresh'}", *given) == 2
+        assert "no checkpoint here; train first" in error_line(capsys)
 
 
 def test_parameters_of_another_model_are_listed(small_run, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Training as a command: what it writes, that it can be stopped anywhere, what it refuses."""
 
 import json
+import os
 import shutil
 import signal
 import sys
@@ -128,6 +129,26 @@ def test_evaluation_in_training_writes_its_accuracy_and_changes_nothing(
     assert rows_of(tmp_path / "run") == before
 
 
+@pytest.mark.parametrize(("options", "stopped"), [({"eval__every": 4}, 4), ({}, STEPS)])
+def test_a_signal_while_it_waits_for_a_save_stops_it_before_the_evaluation(
+    small_run, data_dir, tmp_path, capsys, monkeypatch, options, stopped
+):
+    wait, waited = Checkpoints.wait, []
+
+    def wait_with_a_signal(self):
+        if not waited:
+            waited.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+        wait(self)
+
+    monkeypatch.setattr(Checkpoints, "wait", wait_with_a_signal)
+    command = arguments(tmp_path / "run", data_dir, **options)
+    assert run_script("train.py", *command) == 128 + signal.SIGTERM
+    assert f"stopped after step {stopped};" in capsys.readouterr().out
+    assert waited and saved_steps(tmp_path / "run")[-1] == stopped
+    assert not any("eval/adacm2/accuracy" in row for row in rows_of(tmp_path / "run"))
+
+
 # --- stopped and resumed --------------------------------------------------------------------------
 
 
@@ -224,6 +245,27 @@ def test_a_run_from_a_converted_checkpoint_finds_it_where_it_has_moved(
     assert run_script("eval.py", f"--workdir={tmp_path / 'run'}") == 0
 
 
+def test_before_its_first_checkpoint_a_run_keeps_to_what_it_starts_from(
+    small_run, data_dir, tmp_path, capsys
+):
+    """Else parameters would come from one place, tokenizers from another."""
+    make_base(small_run, tmp_path / "base")
+    shutil.copytree(tmp_path / "base", tmp_path / "other")
+    write_json(tmp_path / "other" / "base.json", {"fingerprint": "c3d4"})
+
+    def command(place: str) -> list[str]:
+        options = dict(init_from=tmp_path / place, train__steps=2, eval__limit=2)
+        return arguments(tmp_path / "run", data_dir, **options)
+
+    assert run_script("train.py", *command("base")) == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # as if it had been killed before
+    assert run_script("train.py", *command("other")) == 2
+    assert "init_from" in capsys.readouterr().err
+    (tmp_path / "base").rename(tmp_path / "moved")
+    assert run_script("train.py", *command("moved")) == 0
+    assert read_link(tmp_path / "run")["path"] == str(tmp_path / "moved")
+
+
 def test_another_configuration_is_refused_with_the_difference(small_run, data_dir, capsys):
     before = rows_of(small_run)
     status = run_script("train.py", *arguments(small_run, data_dir, seed=7, train__steps=20))
@@ -289,6 +331,10 @@ def test_a_damaged_parameter_is_named(small_run, data_dir, tmp_path, capsys):
         ("--config.model.dtype=float16", ["model.dtype", "bfloat16"]),
         ("--config.init_from=nowhere", ["nowhere", "no checkpoint here"]),
         ("--config.eval.policies=()", ["eval.policies"]),
+        (
+            ("--config.data.sampling.mode=fps", "--config.eval.policies=('adacm2', 'full')"),
+            ["eval.policies has 'full'", "'fps'", "eval.full_frames"],
+        ),
         ("--workdri=x", ["workdri"]),
         ("extra", ["unexpected argument 'extra'"]),
     ],
@@ -296,7 +342,8 @@ def test_a_damaged_parameter_is_named(small_run, data_dir, tmp_path, capsys):
 def test_what_cannot_be_used_is_named_in_one_line(
     compiled_once, data_dir, tmp_path, capsys, override, words
 ):
-    status = run_script("train.py", *arguments(tmp_path / "run", data_dir), override)
+    given = [override] if isinstance(override, str) else override
+    status = run_script("train.py", *arguments(tmp_path / "run", data_dir), *given)
     line = error_line(capsys)
     assert status == 2
     for word in words:

@@ -52,13 +52,11 @@ class Estimate:
       arguments: parameters, state and batch.
       parameters: of these, the weights.
       phases: temporaries of each phase of the step, by name and then by term.
-      output: results that take no argument's place.
     """
 
     arguments: int
     parameters: int
     phases: dict[str, dict[str, float]]
-    output: int = 0
 
     @property
     def temporaries(self) -> int:
@@ -68,7 +66,7 @@ class Estimate:
     @property
     def total(self) -> int:
         """All that must be free at once."""
-        return self.arguments + self.temporaries + self.output
+        return self.arguments + self.temporaries
 
 
 def estimate(plan: Plan, topology: Topology, mesh: Any) -> dict:

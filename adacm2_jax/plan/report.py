@@ -248,9 +248,7 @@ def render(result: dict) -> str:
                 f"{row['loop']}{where}"
             )
     if "largest_batch" in result:
-        lines.append(
-            f"  largest batch that fits: {result['largest_batch']}{result.get('note', '')}"
-        )
+        lines.append(f"  largest batch that fits: {result['largest_batch']}")
     return "\n".join(lines)
 
 

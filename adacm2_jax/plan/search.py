@@ -36,11 +36,13 @@ def largest_batch(
     low, high = 0, 1
     while high <= _MOST and fits(high):
         low, high = high, 2 * high
+    high = min(high, _MOST + 1)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    if not compiled or low == 0:
+    if not compiled:
         return {"largest_batch": low * unit, "largest_batch_confirmed": False}
+    low = max(low, 1)  # the compiler has the last word
     real = make_mesh(shape, topology_devices(topology))
     while low:
         if compile_step(_with_batch(plan, unit * low), topology, real).fits:

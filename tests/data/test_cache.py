@@ -106,7 +106,7 @@ def test_what_a_killed_process_left_is_neither_used_nor_kept(source, tmp_path):
 
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    partial = f"{whole.name}.partial-{socket.gethostname()}-"
+    partial = f".{whole.name}.partial-{socket.gethostname()}-"
     for pid in (dead.pid, os.getppid()):
         shutil.copytree(whole, tmp_path / "cache" / f"{partial}{pid}")
         (tmp_path / "cache" / f"{partial}{pid}" / "texts.json").unlink()

@@ -22,7 +22,6 @@ from data.feature_shards import (
     check_room,
     missing_shards,
     pack,
-    remove_abandoned,
     shard_clips,
     shard_path,
     unpack,
@@ -39,6 +38,7 @@ from data.features import (
     write_manifest,
 )
 from data.jsonl import Example, JsonlSource
+from data.partials import remove_abandoned
 from data.pipeline import LoadClip, clips, training_batches
 from data.video import Sampling
 from tests.data.make_videos import encode, numbered_frames
@@ -342,15 +342,17 @@ def test_no_room_is_noticed_before_anything_is_computed(source, tmp_path, monkey
 
 def test_what_a_killed_process_left_is_removed_and_what_lives_is_not(source, tmp_path):
     program = f"""
-        import os
-        from data.feature_shards import beside_name
-        name = beside_name("features-00000-of-00001.array_record")
-        open(os.path.join({str(tmp_path)!r}, name), "w").close()
+        import pathlib
+        from data.partials import beside_path
+        beside_path(pathlib.Path({str(tmp_path)!r}, "features-00000-of-00001.array_record")).touch()
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
     assert subprocess.run(command, cwd=ROOT, timeout=120).returncode == 0
     (dead,) = tmp_path.iterdir()
-    alive = tmp_path / dead.name.replace(dead.name.rsplit("-", 1)[1], str(os.getpid()))
-    alive.touch()
+    place, pid = dead.name.rsplit("-", 1)
+    alive = tmp_path / f"{place}-{os.getpid()}"
+    elsewhere = tmp_path / f"{place}-2-{pid}"  # a host whose name begins with this one's
+    for path in (alive, elsewhere):
+        path.touch()
     remove_abandoned(tmp_path)
-    assert list(tmp_path.iterdir()) == [alive]
+    assert set(tmp_path.iterdir()) == {alive, elsewhere}

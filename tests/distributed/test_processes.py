@@ -122,6 +122,22 @@ def test_a_number_that_two_have_and_another_count_are_refused():
     assert all(type(each) is UserError and words in str(each) for each in heard)
 
 
+def test_strangers_at_the_port_are_not_counted():
+    address = ("localhost", free_port())
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(meet, address, 2, 0, 60.0)
+        for words in (b"\x80\xff\n", b"process x\n", b"process 1\n", b"GET / HTTP/1.1\n"):
+            while True:
+                try:
+                    with socket.create_connection(address, 1) as stranger:
+                        stranger.sendall(words)
+                    break
+                except ConnectionRefusedError:
+                    time.sleep(0.05)
+        meet(address, 2, 1, 60.0)
+        first.result()
+
+
 def test_without_process_0_the_others_say_where_they_looked():
     port = free_port()
     with pytest.raises(
