@@ -5,6 +5,7 @@ Test modules run it in their own process with ``run_script``; commands take it a
 """
 
 import contextlib
+import json
 import os
 import pathlib
 import runpy
@@ -14,10 +15,22 @@ from collections.abc import Iterator
 
 import jax
 import ml_collections
+import numpy as np
 import pytest
 from absl import flags
 
-from adacm2_jax.config import AdaCM2Config, LlamaConfig, MemoryConfig, QFormerConfig, VisionConfig
+from adacm2_jax.checkpoint import restore_params
+from adacm2_jax.config import (
+    AdaCM2Config,
+    LlamaConfig,
+    MemoryConfig,
+    QFormerConfig,
+    VisionConfig,
+    from_dict,
+)
+from adacm2_jax.optim import merge_params, split_params
+from adacm2_jax.params import abstract_params
+from adacm2_jax.sharding import make_mesh
 from configs.base import base_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -136,3 +149,31 @@ def error_line(captured: pytest.CaptureFixture | str) -> str:
     lines = [line for line in text.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, text
     return lines[0]
+
+
+def arguments(workdir, data_dir, **values) -> list[str]:
+    """Of ``train.py`` on this experiment; ``train__steps=2`` sets ``train.steps``."""
+    given = [f"--config.{name.replace('__', '.')}={value}" for name, value in values.items()]
+    return [
+        "--config=tests/small.py",
+        f"--workdir={workdir}",
+        f"--config.data.data_dir={data_dir}",
+        *given,
+    ]
+
+
+def rows_of(workdir) -> list[dict]:
+    """What a run has logged."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def learned_of(workdir) -> dict:
+    """All parameters of a run's newest step by path, as if all learned."""
+    config = get_config()
+    abstract = abstract_params(
+        from_dict(config.model.to_dict()), config.optim.groups, make_mesh((-1, 1))
+    )
+    params = merge_params(restore_params(workdir, abstract), {})
+    return {
+        name: np.asarray(leaf) for name, leaf in split_params(params, ((".*", 1.0),))[0].items()
+    }

@@ -4,8 +4,7 @@ import gzip
 import json
 
 from adacm2_jax.profiling import Profile
-from tests.small import run_script
-from tests.test_train import arguments
+from tests.small import arguments, run_script
 
 
 def test_a_profile_has_the_asked_steps_after_the_first_two(
