@@ -100,7 +100,8 @@ def test_int8_states_its_error(prepared, data_dir, tmp_path, capsys):
 )
 def test_the_vit_gets_as_many_images_as_in_the_training_step(frames, step, shape):
     config, rows = small_model(), 4
-    mesh = jax.sharding.AbstractMesh(shape, ("data", "model"))
+    auto = (jax.sharding.AxisType.Auto,) * 2  # which is not the default in newer versions
+    mesh = jax.sharding.AbstractMesh(shape, ("data", "model"), axis_types=auto)
     seen = []
 
     def watch(run, arguments, options, context):
