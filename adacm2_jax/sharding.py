@@ -64,13 +64,14 @@ def make_mesh(shape: tuple[int, int] = (-1, 1), devices: Sequence[Any] | None = 
             f"mesh = {tuple(shape)} does not cover the {count} device(s) present; the product must "
             f"be {count}, or the first entry -1"
         )
+    names, auto = ("data", "model"), (AxisType.Auto,) * 2
     try:
-        placed = mesh_utils.create_device_mesh((data, model), devices)
+        return jax.make_mesh((data, model), names, devices=devices, axis_types=auto)
     except NotImplementedError:  # an axis of the mesh needs a part of one of the torus
         placed = mesh_utils.create_device_mesh(
             (data, model), devices, allow_split_physical_axes=True
         )
-    return Mesh(placed, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+        return Mesh(placed, names, axis_types=auto)
 
 
 def param_shardings(boxed, mesh: Mesh):
