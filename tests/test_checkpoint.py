@@ -183,6 +183,7 @@ def test_what_was_never_completed_is_no_step(run):
     checkpoints.close()
 
 
+@pytest.mark.usefixtures("abandoned_reads")
 @pytest.mark.parametrize("part", ["learned", "optimizer", "data"])
 def test_damage_is_named_with_a_remedy(run, part):
     for path in (run / "checkpoints" / "3" / part).rglob("*"):

@@ -361,6 +361,7 @@ def test_parameters_of_another_model_are_listed(small_run, tmp_path, capsys):
     assert "32" in text and "48" in text
 
 
+@pytest.mark.usefixtures("abandoned_reads")
 @pytest.mark.parametrize("part", ["checkpoints/9/learned", "frozen"])
 def test_a_damaged_checkpoint_is_named(small_run, tmp_path, capsys, part):
     shutil.copytree(small_run, tmp_path / "run")

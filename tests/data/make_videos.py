@@ -6,11 +6,12 @@ codecs, resizing and colour conversion, so a test can tell exactly *which* frame
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import struct
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -108,7 +109,10 @@ def encode(
     # A real file, not a buffer: FFmpeg opens it a second time to move MP4's index to the front.
     scratch = tempfile.TemporaryDirectory()
     path = Path(scratch.name) / "clip"
-    with av.open(str(path), "w", format=container, options=container_options or {}) as output:
+    with (
+        _same_priority(),
+        av.open(str(path), "w", format=container, options=container_options or {}) as output,
+    ):
         stream = output.add_stream(codec, rate=Fraction(fps), options=options or {})
         stream.pix_fmt = pixel_format
         stream.codec_context.time_base = clock
@@ -150,6 +154,17 @@ def encode_sound(target: str | os.PathLike, seconds: float = 1.0) -> None:
         for start in range(0, int(seconds * RATE), 1024):
             output.mux(audio.encode(_silence(start, 1024)))
         output.mux(audio.encode(None))
+
+
+@contextlib.contextmanager
+def _same_priority() -> Iterator[None]:
+    """SVT-AV1, run as root, gives the thread that opens it real-time priority, and whatever that
+    thread starts later would inherit it: threads of XLA that wait in a loop then stop all others."""
+    policy, priority = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, priority)
 
 
 def _silence(start: int, samples: int) -> av.AudioFrame:
