@@ -22,6 +22,7 @@ import eval as evaluation
 from adacm2_jax import app
 from adacm2_jax.checkpoint import (
     Checkpoints,
+    check_alike,
     check_same,
     read_base,
     read_config,
@@ -30,7 +31,14 @@ from adacm2_jax.checkpoint import (
     write_config,
 )
 from adacm2_jax.config import AdaCM2Config
-from adacm2_jax.distributed import Preemption, connect, default_sigterm, is_main, main_first
+from adacm2_jax.distributed import (
+    Preemption,
+    connect,
+    default_sigterm,
+    is_main,
+    main_first,
+    wait_for_all,
+)
 from adacm2_jax.errors import UserError
 from adacm2_jax.features import describe_vision, refuse_learning
 from adacm2_jax.metrics import MetricWriter
@@ -39,10 +47,12 @@ from adacm2_jax.params import abstract_params, fresh_params
 from adacm2_jax.processor import LLM_DIR, Processor, train_tokenizers
 from adacm2_jax.profiling import Profile
 from adacm2_jax.sharding import data_share, make_mesh, rows_per_process, shard_batch
-from adacm2_jax.start import check_start, resume_params, start_params
+from adacm2_jax.start import check_start, resume_frozen, start_params
 from adacm2_jax.train_step import (
     Batch,
     StepConfig,
+    TrainState,
+    abstract_train_state,
     check_step,
     explain_nonfinite,
     init_train_state,
@@ -85,11 +95,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str, profile: int = 0) -> di
     if resumed:
         check_same(read_config(root), stored, root, FREE + free_base(root, config.init_from))
     model_config = evaluation.check(config)
-    if model_config.dtype == "float16":
-        raise UserError(
-            "model.dtype is 'float16', which is for evaluation: gradients underflow in it; train "
-            "in bfloat16"
-        )
+    for field in ("dtype", "qformer_dtype"):
+        if getattr(model_config, field) == "float16":
+            raise UserError(
+                f"model.{field} is 'float16', which is for evaluation: gradients underflow in it; "
+                "train in bfloat16"
+            )
     load = make_load(config, model_config)
     how = make_step(config)
     mesh = make_mesh(tuple(config.mesh))
@@ -122,6 +133,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str, profile: int = 0) -> di
         world=world,
     )
     write_config(root, stored)
+    wait_for_all()
+    check_alike(read_config(root), stored)
 
     with (
         contextlib.closing(batches),
@@ -130,25 +143,25 @@ def train_and_evaluate(config: ConfigDict, workdir: str, profile: int = 0) -> di
         ) as checkpoints,
     ):
         # The state: of the run's own checkpoint, else from given or from fresh parameters.
-        params = make_params(config, model_config, abstract, root)
-        if config.data.features:
-            check_weights(config.data.features, describe_vision(model_config, params))
-        learned, frozen = split_params(params, config.optim.groups)
+        learned = split_params(abstract, config.optim.groups)[0]
         optimizer, schedule = make_optimizer(learned, steps=config.train.steps, **config.optim)
-        state = init_train_state(learned, frozen, optimizer, mesh)
         if checkpoints.latest_step is None:
-            checkpoints.save_frozen(frozen, config.init_from)
+            state = start(config, model_config, abstract, optimizer, mesh)
+            checkpoints.save_frozen(state.frozen, config.init_from)
         else:
-            state, place = checkpoints.restore(state)
+            state, place = resume(config, abstract, optimizer, mesh, root, checkpoints)
+            check_examples(place, len(dataset))
             batches.seek(place["examples"])
             if is_main():
                 print(f"resumed {workdir} at step {int(state.step)}", flush=True)
+        if config.data.features:
+            check_weights(config.data.features, describe_vision(model_config, state.params))
         first, last = int(state.step) + 1, config.train.steps
 
         with contextlib.closing(MetricWriter(root, first - 1)) as writer:
 
             def save() -> None:
-                checkpoints.save(state, {"examples": batches.examples})
+                checkpoints.save(state, {"examples": batches.examples, "of": len(dataset)})
 
             def evaluate(step: int) -> dict:
                 results = evaluation.evaluate(config, state.params, processor, root)
@@ -195,6 +208,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, profile: int = 0) -> di
                     if step % config.train.log_every == 0 or step == last:
                         writer.write(step, metrics | {"learning_rate": float(schedule(step - 1))})
                         bar.set_postfix(loss=metrics["loss"], accuracy=metrics["token_accuracy"])
+                    checkpoints.check()
                     asked = preemption.agreed()
                     if step % config.checkpoint.every == 0 or step == last or asked:
                         save()
@@ -236,15 +250,36 @@ def make_processor(
     return train_tokenizers(texts, model_config, root)
 
 
-def make_params(config, model_config: AdaCM2Config, abstract: dict, root: pathlib.Path) -> dict:
-    """Parameters to start from: the run's own, those of ``init_from``, or fresh ones."""
-    if saved_steps(root):
-        return resume_params(root, abstract, config.init_from)
+def start(config, model_config: AdaCM2Config, abstract: dict, optimizer, mesh) -> TrainState:
+    """The state before the first step, with parameters of ``init_from`` or fresh ones."""
     if config.init_from:
-        return start_params(
+        params = start_params(
             config.init_from, model_config, abstract, config.init_missing, config.seed
         )
-    return merge_params(fresh_params(model_config, abstract, config.seed), {})
+    else:
+        params = merge_params(fresh_params(model_config, abstract, config.seed), {})
+    return init_train_state(*split_params(params, config.optim.groups), optimizer, mesh)
+
+
+def resume(
+    config, abstract: dict, optimizer, mesh, root: pathlib.Path, checkpoints: Checkpoints
+) -> tuple[TrainState, dict]:
+    """The state of the run's newest checkpoint, each of its arrays read once, and the place in the
+    data."""
+    shapes = abstract_train_state(*split_params(abstract, config.optim.groups), optimizer, mesh)
+    frozen = resume_frozen(root, abstract, shapes.frozen, config.init_from)
+    return checkpoints.restore(shapes.replace(frozen=frozen))
+
+
+def check_examples(place: dict, count: int) -> None:
+    """The order of examples depends on their number."""
+    before = place.get("of", count)  # older versions did not note it
+    if before != count:
+        raise UserError(
+            f"there are {count} training examples, but {before} when the checkpoint was "
+            "written: the run would repeat some and miss others. Bring the same data, or start "
+            "another run from this one with init_from"
+        )
 
 
 def make_load(config, model_config: AdaCM2Config) -> LoadClip:

@@ -13,8 +13,9 @@ the model alone, the tokenizers, ``params/`` with all parameters and ``base.json
 they are from. A run that starts from a base does not copy what it leaves as it is; what counts is
 the base's fingerprint, not its place.
 
-A step's directory gets its name when it is complete, so a killed process leaves at most a directory
-with a temporary name, which nobody reads.
+A step's directory gets its name when it is complete, so a process that is killed while it saves
+leaves a directory with a temporary name, which nobody reads. One that is killed while it removes an
+old step may leave a part of that; the newest step is then complete.
 
 Of several processes each writes its shards, process 0 all else; the directory must be one that all
 of them share. Nothing on disk depends on the mesh or on the number of processes.
@@ -26,7 +27,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -34,6 +35,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import traverse_util
 
+from adacm2_jax.damage import reading
 from adacm2_jax.distributed import is_main, wait_for_all
 from adacm2_jax.errors import UserError
 from adacm2_jax.train_step import TrainState
@@ -68,7 +70,8 @@ class Checkpoints:
         )
 
     def save(self, state: TrainState, data: dict) -> None:
-        """Saves a step in the background; an error of the save before it is raised here.
+        """Saves a step in the background; an error of it is raised by :meth:`check` or by the next
+        save.
 
         Args:
           state: after the step.
@@ -114,14 +117,14 @@ class Checkpoints:
         """The newest step, in the shapes and on the devices of ``state``; its place in the data.
 
         Args:
-          state: of the run's shapes; on any mesh.
+          state: arrays, or shapes with shardings; on any mesh. ``frozen`` stays as it is.
 
         Raises:
           UserError: if the checkpoint is damaged.
         """
         step = self._manager.latest_step()
         optimizer = {"step": state.step, "opt_state": state.opt_state}
-        try:
+        with reading(self._workdir / "checkpoints" / str(step) / "*"):
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
@@ -130,9 +133,12 @@ class Checkpoints:
                     data=ocp.args.JsonRestore(),
                 ),
             )
-        except Exception as error:
-            raise _damaged(self._workdir / "checkpoints" / str(step) / "*", error) from error
         return state.replace(learned=restored["learned"], **restored["optimizer"]), restored["data"]
+
+    def check(self) -> None:
+        """Raises the error of a save that has failed in the background; does not wait for one."""
+        if not self._manager.is_saving_in_progress():
+            self._manager.wait_until_finished()
 
     def wait(self) -> None:
         """Waits until what is being written is complete."""
@@ -253,12 +259,9 @@ def stored_shapes(tree: epath.Path) -> dict[str, tuple[int, ...]]:
     Raises:
       UserError: if it is damaged.
     """
-    try:
-        with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
-            stored = handler.metadata(tree).tree
-            return {path: tuple(leaf.shape) for path, leaf in stored.items()}
-    except Exception as error:
-        raise _damaged(tree, error) from error
+    with reading(tree), contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+        stored = handler.metadata(tree).tree
+        return {path: tuple(leaf.shape) for path, leaf in stored.items()}
 
 
 def restore_params(
@@ -267,21 +270,27 @@ def restore_params(
     step: int | None = None,
     missing: Sequence[str] = (),
     base: str = "",
+    paths: Collection[str] | None = None,
 ) -> dict[str, jax.Array]:
     """The parameters that :func:`find_params` finds, by path: on any mesh, on one device.
+
+    Args:
+      directory, abstract, step, missing, base: of :func:`find_params`.
+      paths: those to read; by default all.
 
     Raises:
       UserError: as :func:`find_params` does.
     """
     restored: dict = {}
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-        for part, wanted in find_params(directory, abstract, step, missing, base).items():
-            try:
+        for part, leaves in find_params(directory, abstract, step, missing, base).items():
+            wanted = {p: leaf for p, leaf in leaves.items() if paths is None or p in paths}
+            if not wanted:
+                continue
+            with reading(part):
                 places = ocp.checkpoint_utils.construct_restore_args(wanted)
                 args = ocp.args.PyTreeRestore(wanted, restore_args=places, partial_restore=True)
                 restored |= handler.restore(part, args=args)
-            except Exception as error:
-                raise _damaged(part, error) from error
     return restored
 
 
@@ -361,18 +370,40 @@ def check_same(
     Raises:
       UserError: with a readable difference.
     """
-    old, new = _flatten(stored), _flatten(current)
+    if lines := _difference(stored, current, free):
+        raise UserError(
+            f"{workdir} holds a run of another configuration (- stored, + this command); use "
+            "another --workdir, or the stored values:\n" + "\n".join(lines)
+        )
+
+
+def check_alike(stored: dict, current: dict) -> None:
+    """Refuses to join processes that were started with different configurations.
+
+    Args:
+      stored: the configuration of process 0.
+      current: that of this one.
+
+    Raises:
+      UserError: with a readable difference.
+    """
+    if lines := _difference(stored, current):
+        raise UserError(
+            f"process {jax.process_index()} was started with another configuration than process 0 "
+            "(- process 0, + this one); start all by the same command:\n" + "\n".join(lines)
+        )
+
+
+def _difference(old: dict, new: dict, free: tuple[str, ...] = ()) -> list[str]:
+    """The fields that differ, but those whose names start with one of ``free``, for people."""
+    old, new = _flatten(old), _flatten(new)
     lines = []
     for name in sorted(set(old) | set(new)):
         same = (name in old) == (name in new) and old.get(name) == new.get(name)
         if not same and not name.startswith(free):
             lines += [f" - {name} = {old[name]!r}"] if name in old else []
             lines += [f" + {name} = {new[name]!r}"] if name in new else []
-    if lines:
-        raise UserError(
-            f"{workdir} holds a run of another configuration (- stored, + this command); use "
-            "another --workdir, or the stored values:\n" + "\n".join(lines)
-        )
+    return lines
 
 
 def _read_json(path: epath.Path) -> dict:
@@ -389,20 +420,6 @@ def write_json(path: pathlib.Path | epath.Path, value: Any) -> None:
 def _abstract(tree):
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree
-    )
-
-
-def _damaged(path: epath.PathLike, error: Exception) -> UserError:
-    path = pathlib.PurePath(path)
-    first_line = str(error).strip().split("\n")[0][:120]
-    remedy = f"delete {path.parent} to go on from an older step"
-    if path.name == PARAMS_DIR:
-        remedy = "convert it again"
-    if path.name == "frozen":
-        remedy = "restore it from a copy, or train again"
-    return UserError(
-        f"checkpoint {path} is damaged or half-written ({type(error).__name__}: {first_line}); "
-        + remedy
     )
 
 

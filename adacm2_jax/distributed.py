@@ -31,7 +31,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import multihost
 
-from adacm2_jax.errors import LostProcessError, UserError
+from adacm2_jax.errors import LostProcessError, UserError, causes
 
 T = TypeVar("T")
 
@@ -321,14 +321,19 @@ def default_sigterm() -> Iterator[None]:
 
 def explain(error: BaseException) -> UserError | None:
     """What to tell people of an error that is no fault of the program; None for all others."""
-    text = str(error)
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    chain = list(causes(error))
+    text = "\n".join(map(str, chain))
+    codes = {each.errno for each in chain if isinstance(each, OSError)}
+    full = codes & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
     if full or any(words in text for words in ("No space left", "Disk quota exceeded")):
         return UserError(
             f"no room on the disk ({_first_line(text)}): make room, then the same command goes on "
             "from the newest complete checkpoint"
         )
-    gone = ("Connection closed by peer", "Connection reset", "Gloo ", "coordination", "heartbeat")
+    gone = (
+        *("Connection closed by peer", "Connection reset", "Gloo ", "coordination", "heartbeat"),
+        "Timed out while waiting for",  # of Orbax, where another process did not finish its save
+    )
     if jax.distributed.is_initialized() and any(words in text for words in gone):
         return LostProcessError(
             f"process {jax.process_index()} lost one of the {jax.process_count()} processes "

@@ -1,5 +1,7 @@
 """The error that is meant for the person at the keyboard."""
 
+from collections.abc import Iterator
+
 
 class UserError(ValueError):
     """Something in a configuration, a checkpoint or an input that its owner can put right.
@@ -17,3 +19,11 @@ class LostProcessError(UserError):
     """
 
     status = 75
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and what it came from, the last first."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__

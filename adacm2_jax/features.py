@@ -88,7 +88,7 @@ def images_at_a_time(
     rows = -(-batch_size // (mesh.shape["data"] * step.accumulate))
     whole = step.gradient == "scan" or num_frames == 1
     first = num_frames if whole else num_frames % step.chunk
-    parts = mesh.shape["model"]
+    parts = 1 if whole else mesh.shape["model"]
 
     def images(frames: int) -> int:
         return max(1, -(-rows * frames // parts))

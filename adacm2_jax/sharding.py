@@ -145,14 +145,13 @@ def rows_per_process(batch_size: int, mesh: Mesh, parts: int = 1) -> int:
       parts: that the batch is computed in (gradient accumulation).
 
     Raises:
-      UserError: if the batch does not divide over the parts, the data axis and the processes.
+      UserError: if the batch does not divide over the parts and the data axis.
     """
     shards, processes = mesh.shape["data"], data_share(mesh)[1]
-    if batch_size % (shards * parts) or batch_size % processes:
+    if batch_size % (shards * parts):
         divided = f"{shards} data shards" + (f" × train.accumulate = {parts}" if parts > 1 else "")
         raise UserError(
-            f"train.batch_size = {batch_size} does not divide over {divided} and {processes} "
-            "process(es); change it, or mesh"
+            f"train.batch_size = {batch_size} does not divide over {divided}; change it, or mesh"
         )
     return batch_size // processes
 

@@ -1,7 +1,7 @@
 """What a model starts from: a run of ``train.py``, or a converted checkpoint."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from flax import traverse_util
 
@@ -57,21 +57,24 @@ def start_params(
     return merge_params(found, {})
 
 
-def resume_params(workdir: str | os.PathLike, abstract: dict, init_from: str = "") -> dict:
-    """The parameter tree of a run's newest step; notes where its base is now.
+def resume_frozen(
+    workdir: str | os.PathLike, abstract: dict, paths: Collection[str], init_from: str = ""
+) -> dict:
+    """The frozen parameters of a run that goes on, by path; notes where its base is now.
 
     Args:
       workdir: of the run.
-      abstract: as for :func:`start_params`.
+      abstract: as for :func:`start_params`; all of it must be there.
+      paths: of the frozen parameters.
       init_from: where its base may be, see ``checkpoint.find_base``.
 
     Raises:
       UserError: if the checkpoint is damaged, or its base is not there.
     """
-    params = merge_params(restore_params(workdir, abstract, base=init_from), {})
+    frozen = restore_params(workdir, abstract, base=init_from, paths=paths)
     if base := find_base(workdir, init_from):
         write_link(workdir, base)
-    return params
+    return frozen
 
 
 def check_start(

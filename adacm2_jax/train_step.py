@@ -97,7 +97,8 @@ class Batch(struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """How a step is computed; none of it changes what is computed, dropout apart.
+    """How a step is computed; none of it changes what is computed, but dropout, and ``two_phase``
+    the gradient of a ViT that learns, which :func:`check_step` refuses.
 
     Attributes:
       gradient: ``two_phase`` (two_phase.py: exact, and activations do not grow with the clip; the
@@ -156,7 +157,11 @@ def loss_fn(
       rng: for dropout.
       how: the gradient is computed.
       count: what sums over target tokens are divided by; by default their number.
+
+    Raises:
+      UserError: where the gradient would not be exact, see :func:`check_step`.
     """
+    check_step(how, learned, batch.valid.shape[1])
     model, params = AdaCM2(config), merge_params(learned, frozen)
     state = init_state(config, batch.valid.sum(1), batch.seed)
     options = dict(deterministic=False, rngs={"dropout": rng})

@@ -1,20 +1,21 @@
 """Does a run survive whatever stops it? ``make check-faults``
 
-Trains once without interruption. Then stops other runs at random moments, each time going on with
-the same command, until enough faults have been counted:
+Trains without interruption, in one process and in two. Then stops other runs at random moments,
+each time going on with the same command, until enough faults have been counted:
 
 * ``kill``: SIGKILL after a random step;
-* ``kill in save``: SIGKILL while Orbax writes, when its temporary directory is seen;
-* ``term``: SIGTERM after a random step;
+* ``kill in save``: SIGKILL while Orbax writes: its temporary directory is there before and after
+  (``kill near save``: the save was complete by then);
+* ``term``: SIGTERM after a random step, to the process and all that it has started;
 * ``disk full``: a file system without room for the next checkpoint, until the process has ended;
 * ``one of two``: SIGKILL of one of two processes; the other must end by itself, and say why;
 * ``term one of two``: SIGTERM to one of two processes; both must save the same step.
 
 Every turn prints a line: what was done, how the process ended, and the newest checkpoint. A run is
 lost if its command does not go on, and damaged if a checkpoint that counts as complete cannot be
-read, or has a value that is not finite. At the end the runs of one process must equal the
-uninterrupted one bit for bit: losses, parameters, optimiser and the place in the data. Exits with 1
-if anything is not so.
+read, or has a value that is not finite. Every other command decodes in a process of its own, which
+must end with it. At the end the runs must equal the uninterrupted one of as many processes bit for
+bit: losses, parameters, optimiser and the place in the data. Exits with 1 if anything is not so.
 
 Needs Linux with ``unshare`` (a private mount name space, for the small disk).
 """
@@ -23,7 +24,6 @@ import argparse
 import collections
 import contextlib
 import itertools
-import json
 import os
 import pathlib
 import random
@@ -38,9 +38,10 @@ import time
 from collections.abc import Iterator, Sequence
 
 import jax
-import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from benchmarks._runs import check_finite, differences, losses, read_step, steps_of
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 OVERRIDES = {
@@ -54,7 +55,7 @@ PRIVATE = "ADACM2_PRIVATE_MOUNTS"
 
 
 def start(command: list[str], environment: dict[str, str] | None = None) -> subprocess.Popen:
-    """Starts a command of the repository; its output is kept."""
+    """Starts a command of the repository, in a session of its own; its output is kept."""
     return subprocess.Popen(
         command,
         cwd=ROOT,
@@ -62,7 +63,23 @@ def start(command: list[str], environment: dict[str, str] | None = None) -> subp
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
+
+
+def left_behind(process: subprocess.Popen, timeout: float = 20) -> list[int]:
+    """What a command has started and what still lives so many seconds after its end."""
+    deadline = time.monotonic() + timeout
+    while True:
+        alive = []
+        for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+                if int(session) == process.pid and state != "Z":
+                    alive.append(int(stat.parent.name))
+        if not alive or time.monotonic() > deadline:
+            return alive
+        time.sleep(0.05)
 
 
 def wait_for_step(
@@ -81,11 +98,14 @@ def wait_for_step(
         time.sleep(0.005)
 
 
+def is_saving(workdir: pathlib.Path) -> bool:
+    """Whether a checkpoint is being written, or half of one was left."""
+    return any((workdir / "checkpoints").glob("*orbax-checkpoint-tmp*"))
+
+
 def wait_for_save(process: subprocess.Popen, workdir: pathlib.Path) -> None:
     """Returns while a checkpoint is being written, or when the process has ended."""
-    while process.poll() is None:
-        if list((workdir / "checkpoints").glob("*orbax-checkpoint-tmp*")):
-            return
+    while process.poll() is None and not is_saving(workdir):
         time.sleep(0.0005)
 
 
@@ -104,65 +124,6 @@ def stop(processes: Sequence[subprocess.Popen]) -> None:
     for process in processes:
         if process.poll() is None:
             process.kill()
-
-
-def steps_of(workdir: pathlib.Path) -> list[int]:
-    """The steps whose checkpoint is complete, by its name."""
-    directory = workdir / "checkpoints"
-    names = [path.name for path in directory.iterdir()] if directory.exists() else []
-    return sorted(int(name) for name in names if name.isdigit())
-
-
-def leaves(tree) -> dict[str, tuple]:
-    """Every array of a tree by its path: type, shape and bytes."""
-    arrays = {
-        jax.tree_util.keystr(path): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-    return {name: (a.dtype, a.shape, a.tobytes()) for name, a in arrays.items()}
-
-
-def read_step(workdir: pathlib.Path, step: int) -> dict[str, dict]:
-    """All that a checkpoint holds, by part."""
-    directory = workdir.absolute() / "checkpoints" / str(step)
-    parts = {}
-    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-        for part in ("learned", "optimizer"):
-            # As numpy: several processes may have written it.
-            stored = handler.metadata(epath.Path(directory / part)).tree
-            places = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
-            args = ocp.args.PyTreeRestore(restore_args=places)
-            parts[part] = leaves(handler.restore(epath.Path(directory / part), args=args))
-    files = sorted(path for path in (directory / "data").rglob("*") if path.is_file())
-    place = [json.loads(path.read_text()) for path in files if path.name == "metadata"]
-    return parts | {"data": {"examples": place[0]["examples"]}}
-
-
-def check_finite(parts: dict[str, dict]) -> None:
-    for part in ("learned", "optimizer"):
-        for name, (dtype, _, values) in parts[part].items():
-            if not np.isfinite(np.frombuffer(values, dtype)).all():
-                raise ValueError(f"{part}: {name} is not finite")
-
-
-def differences(first: pathlib.Path, second: pathlib.Path) -> list[str]:
-    """What is not the same, bit by bit, in the newest checkpoints of two runs."""
-    steps = [max(steps_of(run), default=None) for run in (first, second)]
-    if steps[0] != steps[1] or steps[0] is None:
-        return [f"newest step: {steps[0]} and {steps[1]}"]
-    one, other = (read_step(run, steps[0]) for run in (first, second))
-    found = []
-    for part in one:
-        found += [f"{part}: {n} is in one alone" for n in one[part].keys() ^ other[part].keys()]
-        both = one[part].keys() & other[part].keys()
-        found += [f"{part}: {name}" for name in both if one[part][name] != other[part][name]]
-    return found
-
-
-def losses(workdir: pathlib.Path) -> list[float]:
-    """The loss of every step, in order, each once."""
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if "loss" in row]
 
 
 @contextlib.contextmanager
@@ -227,7 +188,9 @@ class Runs:
         return [sys.executable, "train.py", *recipe, *given, *self._given, *flags]
 
     def start(self, workdir: pathlib.Path) -> subprocess.Popen:
-        self.started.append(start(self.command(workdir)))
+        """One process, and every other time one that decodes for it."""
+        workers = f"--config.data.workers={len(self.started) % 2}"
+        self.started.append(start(self.command(workdir, workers)))
         return self.started[-1]
 
     def start_two(self, workdir: pathlib.Path) -> list[subprocess.Popen]:
@@ -286,10 +249,20 @@ def one_process(runs: Runs, base: pathlib.Path, report: Report, count: int, seed
             wait_for_step([process], workdir, step)
             if kind == "kill in save":
                 wait_for_save(process, workdir)
-                time.sleep(rng.random() * 0.05)
-            process.send_signal(signal.SIGTERM if kind == "term" else signal.SIGKILL)
+                time.sleep(rng.random() * 0.02)
+            if kind == "term":
+                os.killpg(process.pid, signal.SIGTERM)
+            else:
+                process.kill()
+            process.wait()
+            alive = left_behind(process)
+            report.expect(not alive, f"{kind} at {step}: processes {alive} live on")
+            for each in alive:
+                os.kill(each, signal.SIGKILL)  # they hold the pipe that is read next
             output = process.communicate()[0]
             status = process.returncode
+            if kind == "kill in save" and not is_saving(workdir):
+                kind = "kill near save"
             expected = 128 + signal.SIGTERM if kind == "term" else -signal.SIGKILL
             report.add(kind, step, status, began, workdir)
             report.expect(status == expected, f"{kind} at {step}: exit {status}: {output[-1500:]}")
@@ -300,6 +273,8 @@ def one_process(runs: Runs, base: pathlib.Path, report: Report, count: int, seed
         runs.finish(workdir, report)
         done.append(workdir)
         number += 1
+    caught = report.counts["kill in save"] or count < 2
+    report.expect(caught, "no kill hit a save: more --kills are needed")
     return done
 
 
@@ -403,32 +378,30 @@ def main() -> int:
         runs = Runs(base, args.config, args.steps, args.overrides)
         at_end.callback(stop, runs.started)
         print(f"{args.steps} steps without interruption", flush=True)
-        whole = runs.start(base / "whole")
-        output = whole.communicate()[0]
-        if whole.returncode:
-            print(output)
-            return 1
         report = Report()
+        runs.finish(base / "whole", report)
+        if args.pairs:
+            runs.finish(base / "whole_two", report, two=True)
+        if report.wrong:
+            return 1
         done = one_process(runs, base, report, args.kills, args.seed)
         if args.full:
             with small_disk(base / "small"):
                 full_disk(runs, base, report, args.full, args.seed)
                 done.append(shutil.copytree(base / "small" / "run", base / "from_small_disk"))
         pairs = two_processes(runs, base, report, args.pairs, args.seed) if args.pairs else []
-        for run in done:
-            found = differences(base / "whole", run)
-            if losses(run) != losses(base / "whole"):
+        for run in done + pairs:
+            whole = base / ("whole_two" if run in pairs else "whole")
+            found = differences(whole, run)
+            if losses(run) != losses(whole):
                 found.append("losses")
             report.expect(not found, f"{run.name} is not the uninterrupted run: {found[:5]}")
-        for run in pairs:
-            count = len(losses(run))
-            report.expect(count == args.steps, f"{run.name} has {count} losses")
     counts = ", ".join(f"{number} {kind}" for kind, number in report.counts.items())
     print(
         f"{sum(report.counts.values())} faults ({counts}) in {time.monotonic() - began:.0f} s over "
         f"{len(done) + len(pairs)} runs: {len(report.wrong)} problem(s)"
     )
-    print("\n".join(report.wrong) or f"{len(done)} runs of one process are bitwise the whole one")
+    print("\n".join(report.wrong) or "all runs are bitwise the uninterrupted ones")
     return 1 if report.wrong else 0
 
 

@@ -18,6 +18,9 @@ def beside_path(path: pathlib.Path) -> pathlib.Path:
 def remove_abandoned(directory: str | os.PathLike, name: str = "*") -> None:
     """Removes what killed processes of this machine left: it may be many gigabytes.
 
+    Called before this process writes there: what bears its own number is then of an earlier one,
+    as in a container, where a restarted program gets the same number.
+
     Args:
       directory: that they wrote to; others may write to it now.
       name: pattern of what they wrote.
@@ -27,12 +30,19 @@ def remove_abandoned(directory: str | os.PathLike, name: str = "*") -> None:
         host, _, process = partial.name.rpartition(_MARK)[2].rpartition("-")
         if host != socket.gethostname():
             continue
-        try:
-            os.kill(int(process), 0)
-        except ProcessLookupError:
-            if partial.is_dir():
-                shutil.rmtree(partial, ignore_errors=True)
-            else:
-                partial.unlink(missing_ok=True)
-        except PermissionError:
-            continue  # alive, and somebody else's
+        if int(process) != os.getpid() and _is_alive(int(process)):
+            continue
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True

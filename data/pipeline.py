@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -182,8 +186,23 @@ def iter_batches(batches: grain.MapDataset, workers: int) -> grain.DatasetIterat
     """Reads batches ahead: in ``workers`` processes, or in threads of this one; the same order."""
     if workers:
         reader = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
-        return iter(reader.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers)))
+        options = grain.MultiprocessingOptions(num_workers=workers)
+        return iter(reader.mp_prefetch(options, worker_init_fn=_live_as_long_as_parent))
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+
+
+def _live_as_long_as_parent(*_: int) -> None:
+    """In a decoding process. A SIGTERM may go to all processes of a job; the training process then
+    wants this one's batch for its last step. It ends this one when it ends, however that is."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def stack(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

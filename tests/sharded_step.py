@@ -29,6 +29,7 @@ from tests.small import small_model
 
 ROWS, FRAMES = 8, 7
 HOW = StepConfig(chunk=2)
+GROUPS = (("vision/.*", None), (".*", 1.0))
 
 
 def make_batch(config) -> Batch:
@@ -89,15 +90,15 @@ def stream_on(mesh, config) -> dict:
 
 
 def step_on(mesh, config) -> tuple[dict, dict, dict, dict]:
-    """Metrics, first moments (a tenth of the gradients), learned parameters, and collectives."""
+    """Metrics, first moments (a tenth of the gradients), all parameters, and collectives."""
     boxed = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
     # Values are made on one device: random numbers need not be equal on every mesh.
     values = nn.unbox(jax.jit(lambda key: init_params(config, key))(jax.random.key(0)))
     params = jax.device_put(jax.device_get(values), param_shardings(boxed, mesh))
-    learned, frozen = split_params(params, ((".*", 1.0),))
+    learned, frozen = split_params(params, GROUPS)
     rule, _ = make_optimizer(
         learned,
-        groups=((".*", 1.0),),
+        groups=GROUPS,
         learning_rate=1e-3,
         steps=9,
         warmup_steps=0,
@@ -115,7 +116,7 @@ def step_on(mesh, config) -> tuple[dict, dict, dict, dict]:
     moments = jax.tree.map(np.asarray, state.opt_state[1][0].mu)
     state, _ = train_step(state, batch)  # refuses a state that lies elsewhere than the first one
     collectives = frame_collectives(train_step)
-    return jax.device_get(metrics), moments, state.learned, collectives
+    return jax.device_get(metrics), moments, state.learned | state.frozen, collectives
 
 
 def loss_of_three_videos(mesh, config) -> float:
@@ -123,7 +124,7 @@ def loss_of_three_videos(mesh, config) -> float:
     boxed = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
     values = nn.unbox(jax.jit(lambda key: init_params(config, key))(jax.random.key(0)))
     params = jax.device_put(jax.device_get(values), param_shardings(boxed, mesh))
-    learned, frozen = split_params(params, ((".*", 1.0),))
+    learned, frozen = split_params(params, GROUPS)
     batch = jax.device_put(
         jax.tree.map(lambda leaf: leaf[:3], make_batch(config)), replicated(mesh)
     )
@@ -145,7 +146,7 @@ def main() -> None:
     odd = [loss_of_three_videos(mesh, config) for mesh in (one, make_mesh((8, 1)))]
     report = {"loss": float(metrics["loss"]), "odd": odd}
     for shape in ((8, 1), (4, 2), (2, 4)):
-        other, found, learned, collectives = step_on(make_mesh(shape), config)
+        other, found, params, collectives = step_on(make_mesh(shape), config)
         parted = stream_on(make_mesh(shape), config)
         # Key biases cancel in the softmax: their gradients are zero but for rounding.
         least = max(np.abs(leaf).max() for leaf in moments.values()) / 50
@@ -161,7 +162,7 @@ def main() -> None:
             "worst": max(apart, key=lambda name: apart[name]),
             "share": {
                 name: int(leaf.size // leaf.addressable_shards[0].data.size)
-                for name, leaf in learned.items()
+                for name, leaf in params.items()
                 if leaf.ndim >= 3 or name.startswith("vision")
             },
         }

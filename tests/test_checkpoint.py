@@ -1,7 +1,9 @@
 """What a run leaves on disk, complete or not at all."""
 
+import errno
 import json
 import os
+import time
 
 import jax
 import jax.numpy as jnp
@@ -190,8 +192,51 @@ def test_damage_is_named_with_a_remedy(run, part):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     checkpoints = Checkpoints(run)
-    with pytest.raises(UserError, match=r"checkpoints/3.* is damaged.*delete .*/3 to go on"):
+    with pytest.raises(UserError, match=r"checkpoints/3.* is damaged.*move .*/3 away to go on"):
         checkpoints.restore(make_state(0))
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+        MemoryError(),
+        OSError(errno.EIO, "Input/output error"),
+    ],
+)
+def test_what_is_no_fault_of_the_files_is_not_called_damage(run, monkeypatch, error):
+    """Else a process that has lost another, or has no memory, tells people to delete a good one."""
+
+    def fail(*_, **__):
+        try:
+            raise error
+        except Exception as cause:
+            raise ValueError("Encountered error while reading array") from cause
+
+    checkpoints = Checkpoints(run)
+    monkeypatch.setattr(checkpoints._manager, "restore", fail)
+    with pytest.raises(ValueError, match="while reading array") as caught:
+        checkpoints.restore(make_state(0))
+    assert not isinstance(caught.value, UserError)
+    checkpoints.close()
+
+
+def test_a_save_that_failed_in_the_background_is_noticed_without_the_next_one(run, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    checkpoints = Checkpoints(run)
+    checkpoints.check()
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "_finalize_checkpoint", fail)
+        checkpoints.save(make_state(4), {"examples": 1})
+        deadline = time.monotonic() + 60
+        with pytest.raises(OSError, match="No space left"):
+            while time.monotonic() < deadline:
+                checkpoints.check()
+                time.sleep(0.01)
     checkpoints.close()
 
 

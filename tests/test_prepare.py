@@ -96,6 +96,8 @@ def test_int8_states_its_error(prepared, data_dir, tmp_path, capsys):
         (1, StepConfig(), (1, 1)),
         (7, StepConfig(chunk=3), (2, 1)),
         (7, StepConfig(chunk=3), (1, 2)),
+        (5, StepConfig("scan"), (1, 2)),
+        (1, StepConfig(), (1, 2)),
     ],
 )
 def test_the_vit_gets_as_many_images_as_in_the_training_step(frames, step, shape):
@@ -110,7 +112,9 @@ def test_the_vit_gets_as_many_images_as_in_the_training_step(frames, step, shape
         return run(*arguments, **options)
 
     shapes = param_shapes(config)
-    learned = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
+    params = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
+    learned = {path: leaf for path, leaf in params.items() if not path.startswith("vision/")}
+    frozen = {path: leaf for path, leaf in params.items() if path not in learned}
     own = rows // step.accumulate
     ids, mask = jnp.zeros((own, 6), jnp.int32), jnp.ones((own, 6), bool)
     batch = Batch(
@@ -122,9 +126,7 @@ def test_the_vit_gets_as_many_images_as_in_the_training_step(frames, step, shape
     )
     key = jax.random.key(0)
     with nn.intercept_methods(watch), jax.sharding.use_abstract_mesh(mesh):
-        jax.eval_shape(
-            lambda *given: loss_fn(given[0], {}, given[1], config, key, step), learned, batch
-        )
+        jax.eval_shape(lambda *given: loss_fn(*given, config, key, step), learned, frozen, batch)
     first, head, rest = images_at_a_time(step, frames, rows, mesh)
     assert first == (frames if step.gradient == "scan" or frames == 1 else frames % step.chunk)
     pieces = ([head] if first else []) + ([rest] if first < frames else [])

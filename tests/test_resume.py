@@ -16,7 +16,8 @@ from adacm2_jax.checkpoint import (
     saved_steps,
     write_json,
 )
-from benchmarks.check_faults import differences, signal_at_step, start
+from benchmarks._runs import differences
+from benchmarks.check_faults import signal_at_step, start
 from tests.small import (
     STEPS,
     arguments,

@@ -19,7 +19,7 @@ from adacm2_jax.optim import merge_params, split_params
 from adacm2_jax.params import abstract_params, fresh_params
 from adacm2_jax.sharding import make_mesh
 from adacm2_jax.train_step import TrainState
-from benchmarks.check_faults import differences
+from benchmarks._runs import differences
 from data.resize import ma_lmm
 from data.video import read_clip
 from tests.data.make_videos import encode, numbered_frames
@@ -152,6 +152,7 @@ def test_a_damaged_parameter_is_named(small_run, data_dir, tmp_path, capsys):
         ("--config.generation.num_return=2", ["num_return", "num_beams"]),
         ("--config.tokenizers=nowhere", ["nowhere", "tokenizer"]),
         ("--config.model.dtype=float16", ["model.dtype", "bfloat16"]),
+        ("--config.model.qformer_dtype=float16", ["model.qformer_dtype", "bfloat16"]),
         ("--config.init_from=nowhere", ["nowhere", "no checkpoint here"]),
         ("--config.eval.policies=()", ["eval.policies"]),
         (

@@ -158,8 +158,8 @@ def encode_sound(target: str | os.PathLike, seconds: float = 1.0) -> None:
 
 @contextlib.contextmanager
 def _same_priority() -> Iterator[None]:
-    """SVT-AV1, run as root, gives the thread that opens it real-time priority, and whatever that
-    thread starts later would inherit it: threads of XLA that wait in a loop then stop all others."""
+    """SVT-AV1, run as root, gives the thread that opens it real-time priority. Whatever that starts
+    later would inherit it: XLA's threads, which wait in a loop, would then stop all others."""
     policy, priority = os.sched_getscheduler(0), os.sched_getparam(0)
     try:
         yield

@@ -38,7 +38,7 @@ from data.features import (
     write_manifest,
 )
 from data.jsonl import Example, JsonlSource
-from data.partials import remove_abandoned
+from data.partials import beside_path, remove_abandoned
 from data.pipeline import LoadClip, clips, training_batches
 from data.video import Sampling
 from tests.data.make_videos import encode, numbered_frames
@@ -350,9 +350,10 @@ def test_what_a_killed_process_left_is_removed_and_what_lives_is_not(source, tmp
     assert subprocess.run(command, cwd=ROOT, timeout=120).returncode == 0
     (dead,) = tmp_path.iterdir()
     place, pid = dead.name.rsplit("-", 1)
-    alive = tmp_path / f"{place}-{os.getpid()}"
+    alive = tmp_path / f"{place}-{os.getppid()}"
     elsewhere = tmp_path / f"{place}-2-{pid}"  # a host whose name begins with this one's
     for path in (alive, elsewhere):
         path.touch()
+    beside_path(tmp_path / "of_an_earlier_process_with_this_number").mkdir()
     remove_abandoned(tmp_path)
     assert set(tmp_path.iterdir()) == {alive, elsewhere}

@@ -65,7 +65,8 @@ def test_when_one_process_is_killed_the_other_ends_and_says_why(compiled_once, d
     workdir = tmp_path / "run"
     both = start(2, command(workdir, data_dir, free_port()))
     try:
-        wait_for_step(both, workdir, 4)
+        # By then the save of step 3 is complete: that of step 6 has waited for it.
+        wait_for_step(both, workdir, 7)
         both[1].kill()
         began = time.monotonic()
     finally:
