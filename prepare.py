@@ -9,6 +9,7 @@ one job (``--distributed``) share the shards; ``--runner`` gives them to Apache 
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -115,12 +116,14 @@ class Worker:
             write_shard(self._output, manifest, shard, features)
 
     def _features(self, examples: Sequence[Example]) -> Iterator[np.ndarray]:
-        rows = min(self._encoder.clips, len(examples))
-        batches = clips(examples, self._load).batch(rows, drop_remainder=False, batch_fn=stack)
+        # Decoding processes divide batches among themselves, so one clip is a batch there.
+        batches = clips(examples, self._load).batch(1, drop_remainder=False, batch_fn=stack)
         reader = iter_batches(batches, self._workers)
+        rows = self._encoder.clips(self._load.num_frames)
         try:
-            for batch in reader:
-                yield from self._encoder(batch["frames"], batch["valid"])
+            while group := list(itertools.islice(reader, rows)):
+                frames, valid = ([each[key] for each in group] for key in ("frames", "valid"))
+                yield from self._encoder(np.concatenate(frames), np.concatenate(valid))
         finally:
             reader.close()
 
@@ -168,6 +171,7 @@ def plan(
         batch_size = rows * mesh.shape["data"] * how.accumulate
     images = images_at_a_time(how, frames, batch_size, mesh)
     vision = model_config.vision
+    remove_abandoned(output)
     stored = cache.read_manifest(output)
     if stored:
         shards = shards or stored["shards"]
@@ -187,7 +191,11 @@ def plan(
         images = tuple(stored["computed"]["images"])
     elif pathlib.Path(output).exists() and any(pathlib.Path(output).iterdir()):
         raise UserError(f"--output={output} holds something else; name an empty directory")
-    evaluation.missing_videos(source)
+    if missing := evaluation.missing_videos(source):
+        print(
+            f"warning: {len(missing)} videos are missing: {missing[0]} …; they get no features",
+            file=sys.stderr,
+        )
     return Job(config.to_json(), split, output, images), stored or manifest
 
 
@@ -207,6 +215,8 @@ def begin(job: Job, manifest: dict, weights: str) -> dict:
     if is_main() and not stored:
         cache.write_manifest(job.output, manifest)
     wait_for_all()
+    # Another process may have been given another command.
+    cache.check_fit(job.output, cache.read_manifest(job.output), manifest)
     return manifest
 
 
@@ -214,7 +224,6 @@ def run_local(job: Job, manifest: dict, workers: int) -> dict:
     """Computes what is missing, this process its share of it; returns the manifest."""
     worker = Worker(job, workers)
     manifest = begin(job, manifest, worker.vision["weights"])
-    remove_abandoned(job.output)
     missing = missing_shards(job.output, manifest)
     wait_for_all()  # all have the same list
     mine = missing[jax.process_index() :: jax.process_count()]
@@ -239,7 +248,6 @@ def run_beam(job: Job, manifest: dict, runner: str, options: Sequence[str]) -> d
     mesh = make_mesh((-1, 1), jax.local_devices())
     weights = describe_vision(model_config, load_vision(config, model_config, mesh))["weights"]
     manifest = begin(job, manifest, weights)
-    remove_abandoned(job.output)
     missing = missing_shards(job.output, manifest)
     prepare_beam.run(job, manifest, missing, beam_options)
     return manifest

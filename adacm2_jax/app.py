@@ -1,6 +1,9 @@
 """What the scripts share: flags, configuration files, and errors fit for people."""
 
+import itertools
 import pathlib
+import re
+import runpy
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -54,7 +57,7 @@ def run(
             _report(explained, debug, distributed.leave)
         if not _from_configuration(error):
             raise
-        _report(error, debug)
+        _report(_missing_field(argv) or error, debug)
     else:
         sys.exit(status or 0)
 
@@ -102,6 +105,32 @@ def _from_configuration(error: Exception) -> bool:
         return False
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and any("ml_collections" in frame.filename for frame in frames[-3:])
+
+
+def _missing_field(argv: Sequence[str]) -> UserError | None:
+    """The first override of a field that the configuration does not have: ml_collections raises
+    its bare name. None if there is no such override."""
+    words = dict(word.lstrip("-").partition("=")[::2] for word in argv if word.startswith("-"))
+    following = dict(itertools.pairwise(argv))
+    given = words.get("config") or following.get("--config") or following.get("-config") or ""
+    path, _, argument = given.partition(":")
+    overrides = [name for name in words if re.fullmatch(r"config(\.\w+)+", name)]
+    if not overrides or not pathlib.Path(path).is_file():
+        return None
+    config = runpy.run_path(path)["get_config"](*([argument] if argument else []))
+    for name in overrides:
+        section, place = config, "the configuration"
+        for field in name.split(".")[1:]:
+            if not hasattr(section, "keys"):
+                return UserError(f"--{name}: there is no such field; {place} is a single value")
+            if field not in section:
+                accepted = ", ".join(sorted(map(str, section.keys())))
+                return UserError(
+                    f"--{name}: there is no such field; those of {place} are {accepted}"
+                )
+            before = "" if place == "the configuration" else f"{place}."
+            section, place = section[field], before + field
+    return None
 
 
 def _report(error: Exception, debug: bool, leave: Callable[[int], None] = sys.exit) -> None:

@@ -131,6 +131,7 @@ class MemoryConfig:
         newest ``max_frames`` frames.
       capacity: ``budget`` only: the tokens that a layer holds before anything is dropped.
       bank_frames: ``merge`` only: M, the frames that each bank holds (MA-LMM's memory_bank_length).
+        No gradient passes through the banks.
     """
 
     policy: str = "adacm2"

@@ -177,11 +177,11 @@ class Encoder:
 
         self._encode = jax.jit(encode)
 
-    @property
-    def clips(self) -> int:
-        """So many clips fill the devices about as training does."""
+    def clips(self, num_frames: int) -> int:
+        """So many clips of T frames fill the devices about as training does."""
         first, head, rest = self._images
-        return max(1, (head // first if first else rest) * self._mesh.shape["data"])
+        images = (max(head, rest) if first else rest) * self._mesh.shape["data"]
+        return -(-images // num_frames)
 
     def __call__(self, clips: np.ndarray, valid: np.ndarray) -> list[np.ndarray]:
         """The features of clips.

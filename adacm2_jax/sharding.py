@@ -7,7 +7,8 @@ are split over ``data``; slots never, and heads neither: a token's score is a su
 
 The loop over frames runs by itself on every device (:func:`on_every_shard`), so that no collective
 can get into it but the one that is asked for: the images of a chunk are divided over ``model`` for
-the ViT (:func:`over_model`), which is where nearly all the arithmetic of a frame is.
+the ViT (:func:`over_model`), which is where nearly all the arithmetic of a frame is. Only training
+with ``gradient="scan"`` is left to the compiler as a whole: there scores are gathered every frame.
 """
 
 from collections.abc import Callable, Sequence

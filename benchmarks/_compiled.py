@@ -36,7 +36,8 @@ def experiment(config: str, overrides: dict):
 def version() -> str:
     """A hash of all that a report depends on but the experiment's fields: code and compilers."""
     files = sorted([*ROOT.glob("adacm2_jax/**/*.py"), *ROOT.glob("configs/*.py")])
-    parts = [path.read_bytes() for path in files if path.name != "estimate.py"]
+    estimates = ("estimate.py", "phases.py")  # which nothing is compiled from
+    parts = [path.read_bytes() for path in files if path.name not in estimates]
     for name in ("jax", "jaxlib", "libtpu", "flax", "optax", "jax-cuda12-plugin"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             parts.append(f"{name} {importlib.metadata.version(name)}".encode())

@@ -4,11 +4,27 @@ COMMAND: python train.py --config configs/lvu.py:WEIGHTS,train.jsonl,test.jsonl 
 Expected: nobody has trained it yet. `python -m adacm2_jax.plan --config configs/lvu.py --topology
 v5e:4x4` tells what it needs; 189 of 7,914 million parameters learn.
 
-WEIGHTS is a converted checkpoint (docs/porting.md) or a directory of train.py. Hyper-parameters and
-protocol are those of MA-LMM's scripts: a line of JSON is a window of 100 s of a film (`start`,
-`end`), cut every 20 s; its question is "what is the genre of the movie?", with the name of the
-task, its answer the label. Training sees the frames that evaluation sees, so the ViT's features can
-be computed once (docs/features.md). Twenty epochs of N windows are 20 N / 64 steps.
+WEIGHTS is a converted checkpoint (docs/porting.md) or a directory of train.py. A line of JSON is a
+window of 100 s of a film (`start`, `end`), cut every 20 s; its question is "what is the genre of
+the movie?", with the name of the task, its answer the label. Twenty epochs of N windows are
+20 N / 64 steps: set `train.steps` to that, 93 for the shortest task.
+
+As in MA-LMM's scripts are the windows and their 100 frames, the question, AdamW at 1e-4 with weight
+decay 0.05, 64 windows a step, twenty epochs, and answers of at most four tokens by five beams.
+Not as there:
+
+* Pictures are not augmented; there each clip is randomly cropped (0.5 to 1 of the area) and
+  flipped. So training sees the frames that evaluation sees, and the ViT's features can be computed
+  once (docs/features.md).
+* Frames are made square with antialiasing; `--config.data.resize=ma_lmm` does as MA-LMM evaluates.
+  There frames are JPEGs of 256 lines, ten a second, taken at 0, 1, … 99 s of a window; here they
+  are decoded at the middle of each second.
+* The learning rate rises from zero through the first of the twenty epochs, then falls at every
+  step. There it rises as if for 1,000 steps, stops where the first epoch ends, jumps to a cosine's
+  height, and falls once an epoch.
+* Matrix products are in bfloat16, learned weights in float32; there PyTorch mixes precisions by
+  itself. Gradients are clipped to a norm of 1, which is this file's choice.
+* The last step is evaluated; there the best epoch on the validation split is.
 """
 
 import ml_collections
@@ -31,7 +47,7 @@ def get_config(arguments: str = "weights,train.jsonl,test.jsonl") -> ml_collecti
     config.train.steps = 2000
     config.train.chunk = 10
     config.optim.learning_rate = 1e-4
-    config.optim.warmup_steps = 1000
+    config.optim.warmup_steps = config.train.get_ref("steps") // 20  # follows an override
     config.optim.weight_decay = 0.05
     config.optim.groups = (("(vision|llm)/.*", None), (".*", 1.0))
     config.eval.chunk = 10

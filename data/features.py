@@ -176,6 +176,7 @@ def write_manifest(directory: str | os.PathLike, manifest: dict[str, Any]) -> No
         beside.write_text(json.dumps(manifest, indent=2) + "\n")
         beside.replace(path)
     except OSError as error:
+        beside.unlink(missing_ok=True)
         raise DataError(f"{path} cannot be written: {error.strerror}") from None
 
 

@@ -26,7 +26,8 @@ export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/jax}
 
 # JAX gives task i of a node its GPU i, so every task must see all of them.
 status=0
-srun --kill-on-bad-exit=0 --gpu-bind=none --label \
+# srun does not take the job's --cpus-per-task by itself (Slurm 22.05 and later).
+srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-12}" --kill-on-bad-exit=0 --gpu-bind=none --label \
   "${PYTHON:-.venv/bin/python}" train.py --distributed "$@" || status=$?
 
 if [ "$status" = 143 ]; then # stopped by SIGTERM, and saved

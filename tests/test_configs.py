@@ -43,6 +43,13 @@ def test_an_experiment_loads_and_fits_its_model(recipe):
     assert json.loads(config.to_json())  # what config.json holds
 
 
+def test_a_short_task_of_lvu_warms_up_for_one_epoch_of_twenty():
+    config = importlib.import_module("configs.lvu").get_config().lock()
+    assert config.optim.warmup_steps == config.train.steps // 20 == 100
+    config.train.steps = 93  # 298 windows, as relationship has
+    assert json.loads(config.to_json())["optim"]["warmup_steps"] == 4
+
+
 def test_every_default_is_within_its_own_bounds():
     evaluation.check(base_config(small_model()).lock())
 

@@ -166,33 +166,47 @@ def test_a_killed_job_goes_on_with_the_shards_that_are_missing(prepared, data_di
     assert all((output / name).stat().st_mtime_ns == time for name, time in left.items())
 
 
-def test_processes_and_devices_share_the_work(prepared, data_dir, tmp_path):
-    """Two processes with two devices each; as many images a device as one alone has."""
+def two_processes(command: list[str], *more: list[str]) -> tuple[list[int], list[str]]:
+    """Status and output of two processes of one job, with two devices each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    output = tmp_path / "shared"
     environment = process_environment()
     environment["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
     )
-    command = [sys.executable, "prepare.py", *arguments(data_dir), f"--output={output}"]
-    command += ["--rows=8", f"--coordinator=localhost:{port}", "--num_processes=2"]
+    meet = [f"--coordinator=localhost:{port}", "--num_processes=2"]
     started = [
         subprocess.Popen(
-            [*command, f"--process_id={number}"],
+            [sys.executable, "prepare.py", *command, *own, *meet, f"--process_id={number}"],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for number in range(2)
+        for number, own in enumerate(more)
     ]
     said = [process.communicate(timeout=240)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0], "\n".join(said)
+    return [process.returncode for process in started], said
+
+
+def test_processes_and_devices_share_the_work(prepared, data_dir, tmp_path):
+    """As many images a device as one alone has."""
+    output = tmp_path / "shared"
+    command = [*arguments(data_dir), f"--output={output}", "--rows=8"]
+    status, said = two_processes(command, [], [])
+    assert status == [0, 0], "\n".join(said)
     assert shards(output) == shards(prepared)
     assert sum("192 frames of 48 clips" in text for text in said) == 1
+
+
+def test_processes_that_are_told_different_things_are_refused(data_dir, tmp_path):
+    output = tmp_path / "shared"
+    command = [*arguments(data_dir), f"--output={output}"]
+    status, said = two_processes(command, [], ["--dtype=int8"])
+    assert status[0] != 0 and status[1] == 2
+    assert "dtype is 'bfloat16' there, 'int8' here" in said[1]
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -228,6 +242,19 @@ def test_an_output_that_holds_something_else_is_refused(prepared, data_dir, tmp_
     (tmp_path / "letter.txt").write_text("dear reader")
     assert prepare(*arguments(data_dir), f"--output={tmp_path}") == 2
     assert "holds something else; name an empty directory" in error_line(capsys)
+
+
+def test_what_a_killed_process_left_does_not_make_an_output_something_else(
+    data_dir, tmp_path, capsys
+):
+    """Its manifest, on the way: nothing else was there."""
+    output = tmp_path / "cache"
+    output.mkdir()
+    gone = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True).stdout.strip()
+    left = output / f".manifest.json.partial-{socket.gethostname()}-{gone}"
+    left.write_text("{")
+    assert prepare(*arguments(data_dir), f"--output={output}", "--shards=49") == 2
+    assert "49 shards for 48 clips" in error_line(capsys) and not left.exists()
 
 
 @pytest.mark.parametrize(

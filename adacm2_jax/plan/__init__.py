@@ -2,5 +2,6 @@
 
 ``steps`` has the three programs as shapes, ``topology`` the devices, ``report`` compiles and says
 what came of it, ``hlo`` reads the compiled program, ``need`` says what arithmetic the model needs,
-``estimate`` says the same of memory without a compiler, ``search`` finds the largest batch.
+``estimate`` adds up memory without a compiler, from the arrays that ``phases`` lists, ``search``
+finds the largest batch.
 """

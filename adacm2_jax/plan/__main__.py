@@ -29,8 +29,8 @@ def define_flags() -> None:
     from ml_collections import config_flags
 
     config_flags.DEFINE_config_file("config", lock_config=True)
-    flags.DEFINE_string("topology", None, "Such as v5e:4x4, v5p:4x4x4, h100 or h100:8.")
-    flags.DEFINE_string("step", "all", "train, stream, decode or all.")
+    flags.DEFINE_string("topology", None, "Such as v5e:4x4, v5p:4x4x4, h100, a100-40 or h100:8.")
+    flags.DEFINE_string("step", "all", "train, stream, decode, several with commas, or all.")
     flags.DEFINE_string("mesh", None, "Devices along data and model, such as 8,2 or -1,1.")
     flags.DEFINE_boolean("json", False, "Print JSON.")
     flags.DEFINE_boolean("estimate", False, "From shapes alone, without compiling.")
@@ -48,10 +48,7 @@ def main() -> int:
             raise UserError(f"--{name} is missing; give one, such as --{name} {example}")
     topology = parse_topology(given.topology)
     shape = _mesh_shape(given.mesh, given.config)
-    plans = [
-        make_plan(given.config, step)
-        for step in (STEPS if given.step == "all" else given.step.split(","))
-    ]
+    plans = [make_plan(given.config, step) for step in _steps(given.step)]
     if given.estimate:
         mesh = abstract_mesh(shape, topology)
     else:
@@ -73,6 +70,12 @@ def main() -> int:
     if given.json:
         print(json.dumps(results, indent=1))
     return 0 if all(result["fits"] for result in results) else 1
+
+
+def _steps(text: str) -> list[str]:
+    """The steps of a list with commas, each once; ``all`` stands for every one."""
+    named = [STEPS if name == "all" else (name,) for name in text.split(",")]
+    return list(dict.fromkeys(step for steps in named for step in steps))
 
 
 def _mesh_shape(text: str | None, config) -> tuple[int, int]:

@@ -17,8 +17,8 @@ Use::
 A :class:`Loop` knows its ``trip_count`` (None where only the data decide), its ``parents`` and
 ``op_name``: the path of Python scopes and Flax modules that it was traced from. A
 :class:`Collective` has ``kind`` (``all-gather``, ``all-reduce``, ``reduce-scatter``,
-``all-to-all``, ``collective-permute``, …), ``dtype``, ``shapes``, ``bytes`` (of its result, on one
-device, of one execution), ``loops`` (those it stands in, outermost first), ``op_name``, and
+``all-to-all``, ``collective-permute``, …), ``dtype``, ``shapes``, ``bytes`` (that arrive on one
+device in one execution), ``loops`` (those it stands in, outermost first), ``op_name``, and
 ``executions``. ``Program.instructions`` walks everything with its loops, for questions that are
 not answered here.
 
@@ -30,7 +30,7 @@ import functools
 import math
 from collections.abc import Iterator
 
-from adacm2_jax.plan.hlo_cost import bytes_moved, product_flops
+from adacm2_jax.plan.hlo_cost import arriving_bytes, bytes_moved, product_flops, scattered
 from adacm2_jax.plan.hlo_text import Computation, Instruction, Shape, parse
 from adacm2_jax.plan.hlo_trips import trip_count
 
@@ -79,7 +79,8 @@ class Collective:
       name: of the instruction.
       dtype: of the first array.
       shapes: of the arrays that it yields on one device.
-      bytes: of these arrays; of one execution.
+      bytes: that arrive on one device in one execution; of these arrays where it is not told how
+        many devices exchange them.
       loops: those that it stands in, outermost first.
       op_name: where it was traced.
     """
@@ -151,12 +152,14 @@ class Program:
             if kind not in COLLECTIVES:
                 continue
             shapes = self._received(instruction)
+            if fused and kind == "all-reduce" and (part := scattered(instruction)):
+                kind, shapes = "reduce-scatter", part.shapes
             each = Collective(
                 kind=kind,
                 name=instruction.name,
                 dtype=shapes[0].dtype,
                 shapes=tuple(shape.dims for shape in shapes),
-                bytes=sum(shape.bytes for shape in shapes),
+                bytes=arriving_bytes(kind, instruction, sum(shape.bytes for shape in shapes)),
                 loops=loops,
                 op_name=instruction.op_name,
             )

@@ -33,9 +33,11 @@ def bytes_moved(instruction: Instruction, computations: dict[str, Computation]) 
     if instruction.opcode in FREE:
         return 0
     if instruction.opcode == "fusion":
-        return _fusion_bytes(instruction, computations[instruction.called["calls"][0]])
+        return _fusion_bytes(instruction, computations)
     if instruction.opcode in ("dynamic-slice", "slice", "gather"):
         return 2 * instruction.bytes
+    if instruction.opcode == "copy-start":  # its result names the source, too
+        return 2 * instruction.operand(0).bytes
     if instruction.opcode == "dynamic-update-slice":
         return 2 * instruction.operand(1).bytes
     if instruction.opcode == "scatter":
@@ -43,6 +45,64 @@ def bytes_moved(instruction: Instruction, computations: dict[str, Computation]) 
     return instruction.bytes + sum(
         instruction.operand(place).bytes for place in range(len(instruction.operands))
     )
+
+
+def arriving_bytes(kind: str, instruction: Instruction, result: int) -> int:
+    """Bytes that arrive on one device in one execution of a collective, sent as on a ring.
+
+    Args:
+      kind: of the collective, without ``-start``.
+      instruction: whose ``replica_groups`` say how many devices exchange data.
+      result: bytes that it yields on the device.
+
+    Returns:
+      ``result`` where the size of a group cannot be read.
+    """
+    size = group_size(instruction)
+    if size is None:
+        return result
+    others = size - 1
+    if kind == "reduce-scatter":  # the device's part, of every other
+        return result * others
+    if kind == "all-reduce":  # a reduce-scatter, then an all-gather
+        return 2 * result * others // size
+    if kind in ("all-gather", "all-to-all", "ragged-all-to-all"):  # its own part is there
+        return result * others // size
+    return result
+
+
+def group_size(instruction: Instruction) -> int | None:
+    """How many devices exchange data; None if it is not told.
+
+    ``replica_groups`` is one of ``{{0,1},{2,3}}``; ``[2,4]<=[4,2]T(1,0)``: groups, their size, and
+    how devices are numbered; ``mesh['a'=4,'b'=2] {'a'}``: along these axes, or parts of them
+    (``{'a':(1)2}``: what lies before the part, and its size).
+    """
+    found = re.search(
+        r"\breplica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\]<=|mesh\[([^\]]*)\][^{]*\{([^}]*)\})",
+        instruction.attributes,
+    )
+    if found is None:
+        return None
+    devices, size, mesh, axes = found.groups()
+    if devices:
+        return devices.count(",") + 1
+    if size:
+        return int(size)
+    sizes = {name: int(length) for name, length in re.findall(r"'([^']+)'=(\d+)", mesh)}
+    named = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", axes)
+    if not named or any(name not in sizes for name, _ in named):
+        return None
+    return math.prod(int(part) if part else sizes[name] for name, part in named)
+
+
+def scattered(reduction: Instruction) -> Instruction | None:
+    """Of an all-reduce in a fusion, the slice that alone is kept: so TPUs write a reduce-scatter;
+    None if more is kept."""
+    readers = reduction.computation.readers[reduction.name]
+    while len(readers) == 1 and readers[0].opcode == "bitcast":
+        readers = readers[0].computation.readers[readers[0].name]
+    return readers[0] if [each.opcode for each in readers] == ["dynamic-slice"] else None
 
 
 def _dot(instruction: Instruction, contracted: tuple[int, ...]) -> float:
@@ -115,31 +175,50 @@ def _pairs(
     return int((real & (places % input_dilation == 0)).sum())
 
 
-def _fusion_bytes(fusion: Instruction, fused: Computation) -> int:
+def _fusion_bytes(fusion: Instruction, computations: dict[str, Computation]) -> int:
     """What a fusion reads and writes: of an operand that it only slices, the slices."""
-    total = 0
-    for number, parameter in fused.parameters.items():
-        total += min(_read_bytes(parameter, fused), fusion.operand(number).bytes)
-    root = _origin(fused.root)
-    results = [_origin(root.operand(place)) for place in range(len(root.operands))]
-    for result in results if root.opcode == "tuple" else [root]:
-        in_place = result.opcode == "dynamic-update-slice"
-        total += result.operand(1).bytes if in_place else result.bytes
-    return total
+    fused = computations[fusion.called["calls"][0]]
+    read = sum(
+        min(_read_bytes(parameter, computations), fusion.operand(number).bytes)
+        for number, parameter in fused.parameters.items()
+    )
+    return read + _written_bytes(fused.root, computations)
 
 
-def _read_bytes(parameter: Instruction, fused: Computation) -> int:
+def _read_bytes(value: Instruction, computations: dict[str, Computation]) -> int:
+    """What is read of a value inside a fusion. TPUs slice stacked weights in a fusion of its own,
+    inside that of the product."""
     total = 0
-    for reader in fused.readers[parameter.name]:
+    for reader in value.computation.readers[value.name]:
         if reader.opcode in ("dynamic-slice", "slice", "gather"):
             total += reader.bytes
-        elif reader.opcode == "dynamic-update-slice" and reader.operands[0] == parameter.name:
+        elif reader.opcode == "dynamic-update-slice" and reader.operands[0] == value.name:
             continue
         elif reader.opcode in ("bitcast", "convert"):
-            total += _read_bytes(reader, fused)
+            total += _read_bytes(reader, computations)
+        elif reader.opcode == "fusion":
+            parameters = computations[reader.called["calls"][0]].parameters
+            total += sum(
+                min(_read_bytes(parameters[place], computations), value.bytes)
+                for place, name in enumerate(reader.operands)
+                if name == value.name
+            )
         else:
-            return parameter.bytes
+            return value.bytes
     return total
+
+
+def _written_bytes(result: Instruction, computations: dict[str, Computation]) -> int:
+    """What a fusion writes: of an array that it updates in place, the update."""
+    origin = _origin(result)
+    if origin.opcode == "tuple":
+        places = range(len(origin.operands))
+        return sum(_written_bytes(origin.operand(place), computations) for place in places)
+    if origin.opcode == "dynamic-update-slice":
+        return origin.operand(1).bytes
+    if origin.opcode == "fusion":
+        return _written_bytes(computations[origin.called["calls"][0]].root, computations)
+    return result.bytes
 
 
 def _origin(instruction: Instruction) -> Instruction:

@@ -38,7 +38,10 @@ def loop_name(loop: Loop, program: Program) -> str:
 
 def loop_path(loops: tuple[Loop, ...], program: Program) -> str:
     """Names and trip counts, outermost first; ``no loop`` where there is none."""
-    named = [f"{loop_name(loop, program)} × {loop.trip_count or '?'}" for loop in loops]
+    named = [
+        f"{loop_name(loop, program)} × {'?' if loop.trip_count is None else loop.trip_count}"
+        for loop in loops
+    ]
     return " > ".join(named) or "no loop"
 
 

@@ -128,7 +128,7 @@ def compile_step(plan: Plan, topology: Topology, mesh: Mesh) -> Report:
     seconds = time.perf_counter() - start
     module = read(compiled)
     memory = _memory(compiled, plan, mesh)
-    unknown = max(1, plan.generation.max_new_tokens - 1) if plan.step == "decode" else 1
+    unknown = plan.generation.max_new_tokens - 1 if plan.step == "decode" else 1
     return Report(
         plan=plan,
         topology=topology,
@@ -183,7 +183,7 @@ def _refused(message: str, plan: Plan, mesh: Mesh) -> Memory | None:
 
 
 def _collectives(module: Program, unknown: int) -> tuple[dict, ...]:
-    """One row for each kind and loop, with what all of them receive on a device."""
+    """One row for each kind and loop, with what arrives on a device."""
     counts: collections.Counter = collections.Counter()
     sizes: collections.Counter = collections.Counter()
     largest: dict = {}
@@ -248,7 +248,11 @@ def render(result: dict) -> str:
                 f"{row['loop']}{where}"
             )
     if "largest_batch" in result:
-        lines.append(f"  largest batch that fits: {result['largest_batch']}")
+        by = "compiler" if result["largest_batch_confirmed"] else "estimate"
+        lines.append(
+            f"  largest batch that fits: {result['largest_batch']}; {result['too_large_batch']} "
+            f"does not (by the {by})"
+        )
     return "\n".join(lines)
 
 

@@ -1,6 +1,7 @@
-"""The largest batch that fits: looked for by the estimate, confirmed by the compiler."""
+"""The largest batch that fits: looked for by the estimate, and from there by the compiler."""
 
 import dataclasses
+from collections.abc import Callable
 
 from adacm2_jax.plan.estimate import abstract_mesh, estimate
 from adacm2_jax.plan.report import compile_step
@@ -8,8 +9,8 @@ from adacm2_jax.plan.steps import Plan
 from adacm2_jax.plan.topology import Topology, topology_devices
 from adacm2_jax.sharding import make_mesh
 
-#: Rows a device beyond which nobody looks.
-_MOST = 4096
+#: How fine the compiler is asked, as a share of the estimate's answer: it takes minutes.
+GRAIN = 0.05
 
 
 def largest_batch(
@@ -21,35 +22,51 @@ def largest_batch(
       plan: the step; its own batch does not count.
       topology: the devices.
       shape: of the mesh.
-      compiled: whether the estimate's answer is compiled; where the compiler disagrees the batch is
-        lowered until it does not.
+      compiled: whether the compiler says what fits, from the estimate's answer on, to within
+        ``GRAIN`` of it; else the estimate does, to the row of a device.
 
     Returns:
-      ``largest_batch`` (0 where not even the smallest fits) and ``largest_batch_confirmed``.
+      ``largest_batch`` (0 where not even the smallest fits), ``too_large_batch`` (the next that was
+      tried, which does not fit), and ``largest_batch_confirmed``: both by the compiler.
     """
     mesh = abstract_mesh(shape, topology)
     unit = mesh.shape["data"] * (plan.how.accumulate if plan.step == "train" else 1)
 
-    def fits(times: int) -> bool:
-        return estimate(_with_batch(plan, unit * times), topology, mesh)["fits"]
+    def sized(times: int) -> Plan:
+        return dataclasses.replace(plan, batch=unit * times)
 
-    low, high = 0, 1
-    while high <= _MOST and fits(high):
-        low, high = high, 2 * high
-    high = min(high, _MOST + 1)
-    while high - low > 1:
+    low, high = bracket(lambda times: estimate(sized(times), topology, mesh)["fits"], 1, 1)
+    if compiled:
+        real = make_mesh(shape, topology_devices(topology))
+        start = max(low, 1)
+        grain = max(1, int(GRAIN * start))
+        low, high = bracket(
+            lambda times: compile_step(sized(times), topology, real).fits, start, grain
+        )
+    return {
+        "largest_batch": low * unit,
+        "too_large_batch": high * unit,
+        "largest_batch_confirmed": compiled,
+    }
+
+
+def bracket(fits: Callable[[int], bool], start: int, grain: int) -> tuple[int, int]:
+    """Two numbers at most ``grain`` apart, of which the smaller fits and the larger does not.
+
+    From ``start`` up or down in steps of ``grain``, each twice the last, then by halves. 0 counts
+    as what fits. Upwards it ends because the arguments grow with the batch.
+    """
+    low, high, step = 0, start, grain
+    if fits(start):
+        low, high = start, start + step
+        while fits(high):
+            step *= 2
+            low, high = high, high + step
+    else:
+        while (lower := high - step) > 0 and not fits(lower):
+            high, step = lower, 2 * step
+        low = max(lower, 0)
+    while high - low > grain:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    if not compiled:
-        return {"largest_batch": low * unit, "largest_batch_confirmed": False}
-    low = max(low, 1)  # the compiler has the last word
-    real = make_mesh(shape, topology_devices(topology))
-    while low:
-        if compile_step(_with_batch(plan, unit * low), topology, real).fits:
-            return {"largest_batch": low * unit, "largest_batch_confirmed": True}
-        low = min(low - 1, int(low * 0.95))
-    return {"largest_batch": 0, "largest_batch_confirmed": True}
-
-
-def _with_batch(plan: Plan, batch: int) -> Plan:
-    return dataclasses.replace(plan, batch=batch)
+    return low, high

@@ -1,8 +1,8 @@
 """Accelerators that are not here: their names, what they have, and devices to compile for.
 
-A TPU topology is ``type:shape`` such as ``v5e:4x4``; a GPU is ``h100`` or ``a100``, with a number
-of GPUs behind a colon (hosts of eight). The compiler plugins are all that is needed: libtpu for
-TPUs, the CUDA plugin for GPUs; neither a device nor a driver is.
+A TPU topology is ``type:shape`` such as ``v5e:4x4``; a GPU is ``h100``, ``a100`` (both of 80 GB) or
+``a100-40`` (40 GB), with a number of GPUs behind a colon (hosts of eight). The compiler plugins are
+all that is needed: libtpu for TPUs, the CUDA plugin for GPUs; neither a device nor a driver is.
 """
 
 import dataclasses
@@ -30,6 +30,7 @@ class Chip:
       flops: bfloat16 operations a second, dense.
       bandwidth: bytes a second from HBM.
       axes: of a topology's shape.
+      side: the most chips along an axis.
     """
 
     platform: str
@@ -37,15 +38,17 @@ class Chip:
     flops: float
     bandwidth: float
     axes: int = 0
+    side: int = 0
 
 
 CHIPS = {
-    "v4": Chip("tpu", int(30.75 * GIB), 275e12, 1228e9, 3),
-    "v5e": Chip("tpu", int(15.75 * GIB), 197e12, 819e9, 2),
-    "v5p": Chip("tpu", int(95.74 * GIB), 459e12, 2765e9, 3),
-    "v6e": Chip("tpu", int(31.25 * GIB), 918e12, 1640e9, 2),
+    "v4": Chip("tpu", int(30.75 * GIB), 275e12, 1228e9, 3, 16),
+    "v5e": Chip("tpu", int(15.75 * GIB), 197e12, 819e9, 2, 16),
+    "v5p": Chip("tpu", int(95.74 * GIB), 459e12, 2765e9, 3, 28),
+    "v6e": Chip("tpu", int(31.25 * GIB), 918e12, 1640e9, 2, 16),
     "h100": Chip("cuda", int(0.95 * 84978434048), 989e12, 3352e9),
     "a100": Chip("cuda", int(0.95 * 85094825984), 312e12, 2039e9),
+    "a100-40": Chip("cuda", int(0.95 * 42297786368), 312e12, 1555e9),
 }
 
 #: What XLA would read from the card.
@@ -89,6 +92,9 @@ _GPUS = {
         memory=85094825984,
     ),
 }
+_GPUS["a100-40"] = _GPUS["a100"] | dict(
+    name="NVIDIA A100-SXM4-40GB", bandwidth=1555000000000, memory=42297786368
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +145,25 @@ def parse_topology(name: str) -> Topology:
     if not re.fullmatch(r"[1-9]\d*" + r"x[1-9]\d*" * (axes - 1), shape):
         example = "x".join(["4"] * axes)
         raise UserError(f"--topology {name}: {kind} has {axes} axes; write {kind}:{example}")
-    return Topology(name, kind, tuple(int(size) for size in shape.split("x")))
+    sides = tuple(int(size) for size in shape.split("x"))
+    _check_sides(name, kind, sides)
+    return Topology(name, kind, sides)
+
+
+def _check_sides(name: str, kind: str, sides: tuple[int, ...]) -> None:
+    """Refuses a shape that no slice has: the estimate asks no compiler for one."""
+    most = CHIPS[kind].side
+    if len(sides) == 2:
+        possible = [1, 2, 4, 8, 16]
+        told = ", ".join(map(str, possible))
+    else:
+        possible = [1, 2, *range(4, most + 1, 4)]
+        told = f"1, 2 and multiples of 4 up to {most}"
+    wrong = [side for side in sides if side not in possible]
+    if wrong:
+        raise UserError(
+            f"--topology {name}: {kind} has no slice {wrong[0]} chips long; sides are {told}"
+        )
 
 
 def topology_devices(topology: Topology) -> list:

@@ -57,11 +57,14 @@ def test_products_on_a_tpu_are_convolutions_and_count_the_same(sharded):
 
 def test_collectives_know_their_loops_and_sizes(sharded):
     gathers = [each for each in sharded.collectives if each.kind == "all-gather"]
-    assert sum(each.bytes * each.executions for each in gathers) % (256 * 256 * 2) == 0
+    # In each of fifteen rounds a weight, of which a device has a quarter.
+    assert sum(each.executions for each in gathers) == 15
+    assert sum(each.bytes * each.executions for each in gathers) == 15 * 256 * 256 * 2 * 3 // 4
     assert all(each.dtype == "bf16" and each.loops for each in gathers)
     assert all(each.inside("while") and not each.inside("elsewhere") for each in gathers)
     (reduced,) = [each for each in sharded.collectives if each.kind == "all-reduce" and each.loops]
-    assert (reduced.bytes, reduced.executions) == (256 * 256 * 2, 5)
+    # Of the result's quarters three arrive to be summed, and then the other three sums.
+    assert (reduced.bytes, reduced.executions) == (2 * 3 * 256 * 256 * 2 // 4, 5)
 
 
 def test_batched_products_of_a_tpu_count_no_padding(mesh):
@@ -91,6 +94,68 @@ def test_a_slice_of_stacked_weights_counts_with_its_own_size():
     program = hlo.read(jax.jit(walk).lower(weights, x).compile())
     stacked = weights.nbytes
     assert stacked < program.bytes_accessed() < 8 * stacked
+
+
+def walk_products(weights, x):
+    """Twenty layers, all of whose outputs are kept."""
+    return jax.lax.scan(lambda x, weight: (jnp.tanh(x @ weight), x), x, weights)
+
+
+def test_a_product_on_a_tpu_reads_one_layer_of_stacked_weights(mesh):
+    """There the slice is a fusion inside that of the product."""
+    place = NamedSharding(mesh, PartitionSpec())
+    weights = jax.ShapeDtypeStruct((20, 512, 512), jnp.bfloat16, sharding=place)
+    x = jax.ShapeDtypeStruct((64, 512), jnp.bfloat16, sharding=place)
+    compiled = jax.jit(walk_products).lower(weights, x).compile()
+    stacked, line = 20 * 512 * 512 * 2, 64 * 512 * 2
+    # A layer reads its weight; the product, a copy and what keeps the output each read and write
+    # a line, and one more may. A whole stack in each of twenty rounds would be far beyond.
+    assert stacked < hlo.read(compiled).bytes_accessed() < stacked + 20 * 4 * 2 * line
+    assert 20 * 4 * 2 * line < 2 * stacked
+
+
+def test_gradients_that_stay_divided_are_scattered(mesh):
+    """A TPU writes a reduce-scatter as a fusion of an all-reduce and a slice."""
+    divided = NamedSharding(mesh, PartitionSpec(None, "data"))
+    weights = jax.ShapeDtypeStruct((20, 512, 512), jnp.bfloat16, sharding=divided)
+    place = NamedSharding(mesh, PartitionSpec("data"))
+    x = jax.ShapeDtypeStruct((64, 512), jnp.bfloat16, sharding=place)
+    loss = jax.grad(lambda weights, x: walk_products(weights, x)[0].astype(jnp.float32).sum())
+    program = hlo.read(jax.jit(loss, out_shardings=divided).lower(weights, x).compile())
+    scatters = [each for each in program.collectives if each.kind == "reduce-scatter"]
+    assert scatters
+    assert sum(each.bytes * each.executions for each in scatters) == 20 * 512 * 512 * 2 * 3 // 4
+
+
+IN_PLACE = """HloModule jit_f, is_scheduled=true
+
+%write (p: bf16[100,64], q: bf16[1,64], i: s32[]) -> bf16[100,64] {
+  %p = bf16[100,64]{1,0} parameter(0)
+  %q = bf16[1,64]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  ROOT %new = bf16[100,64]{1,0} dynamic-update-slice(%p, %q, %i, %zero)
+}
+
+%outer (a: bf16[100,64], b: bf16[1,64], j: s32[]) -> bf16[100,64] {
+  %a = bf16[100,64]{1,0} parameter(0)
+  %b = bf16[1,64]{1,0} parameter(1)
+  %j = s32[] parameter(2)
+  ROOT %inner = bf16[100,64]{1,0} fusion(%a, %b, %j), kind=kLoop, calls=%write
+}
+
+ENTRY %main (x: bf16[100,64], y: bf16[1,64], k: s32[]) -> bf16[100,64] {
+  %x = bf16[100,64]{1,0} parameter(0)
+  %y = bf16[1,64]{1,0} parameter(1)
+  %k = s32[] parameter(2)
+  ROOT %out = bf16[100,64]{1,0} fusion(%x, %y, %k), kind=kOutput, calls=%outer
+}
+"""
+
+
+def test_an_update_in_place_in_a_nested_fusion_counts_with_its_own_size():
+    row, index = 64 * 2, 4
+    assert hlo.read(IN_PLACE).bytes_accessed() == 2 * row + index
 
 
 def test_what_is_no_hlo_is_refused():
@@ -136,6 +201,47 @@ ENTRY %main (a: bf16[8,64]) -> bf16[64,64] {
 def test_a_collective_that_is_spread_over_fusions_counts_once():
     (gather,) = hlo.read(SPREAD).collectives
     assert (gather.kind, gather.shapes, gather.bytes) == ("all-gather", ((64, 64),), 64 * 64 * 2)
+
+
+GATHER = """HloModule jit_f, is_scheduled=true
+
+ENTRY %main (a: bf16[8,64]) -> bf16[64,64] {{
+  %a = bf16[8,64]{{1,0}} parameter(0)
+  ROOT %out = bf16[64,64]{{1,0}} {kind}(%a), channel_id=7{groups}, dimensions={{0}}
+}}
+"""
+RESULT = 64 * 64 * 2
+
+
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("{{0,1},{2,3}}", 2),
+        ("{{0,1,2,3,4,5,6,7}}", 8),
+        ("[2,4]<=[8]", 4),
+        ("[4,2]<=[2,4]T(1,0)", 2),
+        ("mesh['a'=4,'b'=2] {'a'}", 4),
+        ("mesh['a'=4,'b'=2] {'a','b'}", 8),
+        ("mesh['a'=4,'b'=2] {'a':(1)2,'b'}", 4),
+        ("{{0},{1}}", 1),
+    ],
+)
+def test_bytes_of_a_collective_are_those_that_arrive(groups, size):
+    def arriving(kind):
+        text = GATHER.format(kind=kind, groups=f", replica_groups={groups}")
+        (found,) = hlo.read(text).collectives
+        return found.bytes
+
+    assert arriving("all-gather") == arriving("all-to-all") == RESULT * (size - 1) // size
+    assert arriving("reduce-scatter") == RESULT * (size - 1)
+    assert arriving("all-reduce") == 2 * RESULT * (size - 1) // size
+    assert arriving("collective-permute") == RESULT
+
+
+@pytest.mark.parametrize("groups", ["", ", replica_groups={}", ", replica_groups=mesh['a'=4] {}"])
+def test_a_collective_of_an_unknown_group_counts_its_result(groups):
+    (found,) = hlo.read(GATHER.format(kind="reduce-scatter", groups=groups)).collectives
+    assert found.bytes == RESULT
 
 
 @pytest.mark.parametrize(

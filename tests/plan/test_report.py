@@ -1,13 +1,14 @@
 """What the planner says of small models, against their compiled programs."""
 
 import dataclasses
+import types
 
 import jax
 import pytest
 
 from adacm2_jax.config import MemoryConfig, tiny, to_dict
 from adacm2_jax.errors import UserError
-from adacm2_jax.plan import hlo
+from adacm2_jax.plan import hlo, search
 from adacm2_jax.plan.estimate import abstract_mesh, estimate, estimate_memory
 from adacm2_jax.plan.loops import frame_loops, loop_name
 from adacm2_jax.plan.need import need
@@ -145,6 +146,78 @@ def test_more_memory_holds_a_larger_batch():
     mesh = abstract_mesh((-1, 1), topology)
     assert estimate(dataclasses.replace(plan, batch=small_chip), topology, mesh)["fits"]
     assert not estimate(dataclasses.replace(plan, batch=small_chip + 16), topology, mesh)["fits"]
+
+
+class Compiler:
+    """Stands for ``compile_step``: what has more rows than ``most`` does not fit."""
+
+    def __init__(self, most: int):
+        self.most, self.asked = most, []
+
+    def __call__(self, plan, topology, mesh):
+        self.asked.append(plan.batch)
+        return types.SimpleNamespace(fits=plan.batch <= self.most)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.97, 1.0, 1.03, 1.1, 1.9])
+def test_the_compiler_may_raise_and_lower_the_largest_batch(share, monkeypatch):
+    plan, v5e = full_size("train"), parse_topology("v5e:4x4")
+    guess = largest_batch(plan, v5e, (-1, 1), compiled=False)
+    assert guess["too_large_batch"] == guess["largest_batch"] + 16
+    compiler = Compiler(int(share * guess["largest_batch"]))
+    monkeypatch.setattr(search, "compile_step", compiler)
+    found = largest_batch(plan, v5e, (-1, 1))
+    fits, too_large = found["largest_batch"], found["too_large_batch"]
+    assert fits <= compiler.most < too_large and too_large in compiler.asked
+    assert fits == 0 or fits in compiler.asked
+    assert too_large - fits <= max(16, search.GRAIN * guess["largest_batch"])
+    # Steps that double until they are past, and as many halves.
+    assert len(compiler.asked) <= 2 + 2 * 5
+    assert guess["largest_batch"] == compiler.asked[0]
+    by = {True: "compiler", False: "estimate"}
+    for result in (guess, found):
+        told = f"{result['too_large_batch']} does not (by the "
+        text = render(estimate(plan, v5e, abstract_mesh((-1, 1), v5e)) | result)
+        assert told + by[result["largest_batch_confirmed"]] in text
+
+
+@pytest.mark.parametrize("most", range(1, 40))
+@pytest.mark.parametrize("start", [1, 7, 32])
+def test_a_bracket_of_one_is_exact(most, start):
+    assert search.bracket(lambda times: times <= most, start, 1) == (most, most + 1)
+
+
+def test_a_small_model_has_a_largest_batch_beyond_any_bound():
+    h100 = parse_topology("h100")
+    found = largest_batch(make_plan(small(), "stream"), h100, (1, 1), compiled=False)
+    assert found["largest_batch"] > 4096 and found["too_large_batch"] - 1 == found["largest_batch"]
+
+
+def test_a_vit_that_learns_is_paid_for_by_the_frame():
+    """What its blocks keep: float32 rows of every image, padded to tiles of 8 × 128."""
+    v5e = parse_topology("v5e:2x2")
+    mesh = abstract_mesh((-1, 1), v5e)
+    learning = (("llm/.*", None), (".*", 1.0))
+
+    def phases(frames, groups=learning, **fields):
+        plan = full_size(
+            "train",
+            train__batch_size=4,
+            train__gradient="scan",
+            train__num_frames=frames,
+            optim__groups=groups,
+            **fields,
+        )
+        return estimate_memory(plan, v5e, mesh).phases
+
+    frozen = phases(10, (("(vision|llm)/.*", None), (".*", 1.0)))
+    assert "ViT, backward" not in frozen
+    few, many = phases(10)["ViT, backward"], phases(30)["ViT, backward"]
+    assert few["ViT, kept"] == 39 * 10 * 264 * 1408 * 4
+    assert many["ViT, kept"] == 3 * few["ViT, kept"]
+    assert few["ViT, cast"] == many["ViT, cast"] > 39 * (4 * 1408**2 + 2 * 1408 * 6144) * 2
+    assert few["gradients"] == many["gradients"] > 2 * few["ViT, cast"]
+    assert phases(10, model__remat=False)["ViT, backward"]["ViT, kept"] > 5 * few["ViT, kept"]
 
 
 def test_a_batch_that_does_not_divide_is_refused(here):

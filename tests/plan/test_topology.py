@@ -10,7 +10,7 @@ import pytest
 
 from adacm2_jax.errors import UserError
 from adacm2_jax.plan.estimate import abstract_mesh
-from adacm2_jax.plan.topology import CHIPS, parse_topology, topology_devices
+from adacm2_jax.plan.topology import CHIPS, Topology, parse_topology, topology_devices
 from adacm2_jax.sharding import data_share, make_mesh, rows_per_process
 
 
@@ -23,6 +23,9 @@ from adacm2_jax.sharding import data_share, make_mesh, rows_per_process
         ("h100", 1),
         ("a100:8", 8),
         ("h100:16", 16),
+        ("a100-40:2", 2),
+        ("v5e:16x16", 256),
+        ("v5p:16x16x24", 6144),
     ],
 )
 def test_names_are_read(name, count):
@@ -31,10 +34,13 @@ def test_names_are_read(name, count):
 
 @pytest.mark.parametrize(
     "name",
-    ["v5e", "v5e:4", "v5e:4x4x4", "v5p:4x4", "v9:2x2", "h100:0", "h100:12", "h100:", "v5e:0x4"],
+    ["v5e", "v5e:4", "v5e:4x4x4", "v5p:4x4", "v9:2x2", "h100:0", "h100:12", "h100:", "v5e:0x4"]
+    + ["v5e:64x64", "v5e:3x5", "v6e:16x32", "v4:4x4x20", "v5p:4x4x32", "v5p:4x4x6", "a100-80"],
 )
 def test_other_names_are_refused_in_one_line(name):
-    with pytest.raises(UserError, match=r"--topology .*;|has \d axes|--topology .*:") as error:
+    with pytest.raises(
+        UserError, match=r"^--topology .*(give|has \d axes|has no slice \d+ chips long; sides are)"
+    ) as error:
         parse_topology(name)
     assert "\n" not in str(error.value)
 
@@ -45,9 +51,9 @@ def test_every_kind_of_tpu_has_one_device_a_chip(name):
     assert len(topology_devices(topology)) == topology.count
 
 
-def test_a_shape_that_is_not_sold_is_refused_in_one_line():
+def test_a_shape_that_the_compiler_does_not_know_is_refused_in_one_line():
     with pytest.raises(UserError, match="v5e:3x5 cannot be had") as error:
-        topology_devices(parse_topology("v5e:3x5"))
+        topology_devices(Topology("v5e:3x5", "v5e", (3, 5)))
     assert "\n" not in str(error.value)
 
 
@@ -65,6 +71,12 @@ def test_a_compiler_that_is_not_installed_is_named(name, package, monkeypatch):
     with pytest.raises(UserError) as error:
         topology_devices(parse_topology(name))
     assert f"pip install '{package}" in str(error.value)
+
+
+def test_the_two_sizes_of_an_a100_differ_in_memory_alone_and_its_bandwidth():
+    small, large = CHIPS["a100-40"], CHIPS["a100"]
+    assert 0.95 * 39e9 < small.hbm < 0.95 * 43e9 < large.hbm
+    assert (small.flops, small.bandwidth) == (large.flops, 1555e9)
 
 
 def test_chips_have_a_balance_between_arithmetic_and_memory():
