@@ -49,7 +49,7 @@ def run(
         status = main()
         distributed.wait_for_all()
     except expected as error:
-        _report(error, debug)
+        _report(error, debug, distributed.leave_together)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

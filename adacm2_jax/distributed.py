@@ -351,5 +351,20 @@ def leave(status: int) -> None:
     raise SystemExit(status)
 
 
+def leave_together(status: int) -> None:
+    """Ends this process with others that are about to end, too; after ``SHUTDOWN`` seconds alone.
+
+    The end of ``jax.distributed`` waits for all, and where one does not come it aborts the rest:
+    their status would be that of a crash, after which a job is started again.
+    """
+    if jax.distributed.is_initialized():
+        wait = multihost.get_barrier_sync_fn()
+        try:
+            wait(key="adacm2_jax ends", timeout_ms=SHUTDOWN * 1000)
+        except Exception:
+            leave(status)
+    raise SystemExit(status)
+
+
 def _first_line(text: str) -> str:
     return text.strip().split("\n")[0][:200]
