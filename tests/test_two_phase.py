@@ -11,8 +11,8 @@ import pytest
 
 from adacm2_jax.config import MemoryConfig
 from adacm2_jax.errors import UserError
-from adacm2_jax.models.adacm2 import Question, init_params
-from adacm2_jax.optim import split_params
+from adacm2_jax.models.adacm2 import AdaCM2, Question, init_params, init_state
+from adacm2_jax.optim import merge_params, split_params
 from adacm2_jax.train_step import (
     Batch,
     StepConfig,
@@ -20,6 +20,7 @@ from adacm2_jax.train_step import (
     loss_and_gradients,
     loss_fn,
 )
+from adacm2_jax.two_phase import watch
 from tests.small import quick_compilation, small_model
 
 GROUPS = (("(vision|llm)/.*", None), (".*", 1.0))
@@ -179,8 +180,21 @@ def test_dropout_acts_in_phase_two_alone():
             float(run(learned, frozen, batch, config, jax.random.key(key), how)[0])
             for config, key in ((model, 0), (model, 1), (drops, 0), (drops, 1))
         ]
+        watched = [
+            jax.jit(watch, static_argnums=(0, 6))(
+                AdaCM2(config),
+                merge_params(learned, frozen),
+                batch.frames,
+                batch.valid,
+                batch.question,
+                init_state(config, batch.valid.sum(1), batch.seed),
+                5,
+            )
+            for config in (model, drops)
+        ]
     assert losses[0] == losses[1]
     assert len(set(losses)) == 3
+    jax.tree.map(np.testing.assert_array_equal, *watched)
 
 
 def test_a_vit_that_learns_needs_the_whole_scan():
