@@ -116,7 +116,7 @@ check-beam: requirements-dev.txt ## run the tests of the Beam pipeline with its 
 	$(VENV_BEAM)/bin/python -m pytest tests/beam $(PYTEST_ARGS)
 
 check-curves: $(DEV) ## compare training on more meshes of 8 devices, in one process and in two, with one device
-	ALL_MESHES=1 $(PY) -m pytest tests/distributed/test_curves.py $(PYTEST_ARGS)
+	ALL_MESHES=1 $(PY) -m pytest -rP tests/distributed/test_curves.py $(PYTEST_ARGS)
 
 check-faults: $(DEV) ## kill training runs, fill their disk, lose a process; compare with a run never disturbed
 	$(PY) benchmarks/check_faults.py
