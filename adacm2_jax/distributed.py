@@ -146,7 +146,7 @@ def _receive(address: tuple[str, int], count: int, deadline: float, timeout: flo
             ("", address[1]),
             family=socket.AF_INET6 if dual else socket.AF_INET,
             dualstack_ipv6=dual,
-            backlog=count,
+            backlog=count + 128,  # and strangers
         )
     except OSError as error:
         raise UserError(

@@ -130,7 +130,7 @@ def test_strangers_at_the_port_are_not_counted():
         for words in (b"\x80\xff\n", b"process x\n", b"process 1\n", b"GET / HTTP/1.1\n"):
             while True:
                 try:
-                    with socket.create_connection(address, 1) as stranger:
+                    with socket.create_connection(address, 30) as stranger:
                         stranger.sendall(words)
                     break
                 except ConnectionRefusedError:
