@@ -1,7 +1,6 @@
 """Features computed once: the same losses as from pixels, shards that survive anything."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -25,6 +24,7 @@ from adacm2_jax.params import abstract_params, param_shapes
 from adacm2_jax.sharding import make_mesh
 from adacm2_jax.train_step import Batch, StepConfig, loss_fn
 from data.features import read_manifest
+from tests.distributed.conftest import free_port, start
 from tests.small import ROOT, error_line, get_config, process_environment, run_script, small_model
 
 
@@ -167,26 +167,12 @@ def test_a_killed_job_goes_on_with_the_shards_that_are_missing(prepared, data_di
 
 
 def two_processes(command: list[str], *more: list[str]) -> tuple[list[int], list[str]]:
-    """Status and output of two processes of one job, with two devices each."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    environment = process_environment()
-    environment["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    """Status and output of two processes of one job, with four devices each."""
+    meet = [f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
+    started = start(
+        2,
+        lambda number: ["prepare.py", *command, *more[number], *meet, f"--process_id={number}"],
     )
-    meet = [f"--coordinator=localhost:{port}", "--num_processes=2"]
-    started = [
-        subprocess.Popen(
-            [sys.executable, "prepare.py", *command, *own, *meet, f"--process_id={number}"],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for number, own in enumerate(more)
-    ]
     said = []
     for process in reversed(started):
         said.insert(0, process.communicate(timeout=240)[0])
