@@ -21,32 +21,30 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from adacm2_jax import app
-from adacm2_jax.answer import Answer, Answerer, Session
-from adacm2_jax.checkpoint import (
+from adacm2_jax.config import AdaCM2Config, MemoryConfig, from_dict
+from adacm2_jax.distributed import connect, is_main, main_first
+from adacm2_jax.errors import DataError, UserError
+from adacm2_jax.inference.answerer import Answer, Answerer, Session
+from adacm2_jax.inference.generate import GenerationConfig
+from adacm2_jax.inference.processor import Processor
+from adacm2_jax.inference.scores import exact_match, wilson_interval
+from adacm2_jax.models.adacm2 import check_memory
+from adacm2_jax.models.params import abstract_params, merge_params
+from adacm2_jax.runs import app
+from adacm2_jax.runs.checkpoint import (
     check_same,
     is_base,
     read_config,
     restore_params,
     write_json,
 )
-from adacm2_jax.config import AdaCM2Config, MemoryConfig, from_dict
-from adacm2_jax.distributed import connect, is_main, main_first
-from adacm2_jax.errors import UserError
-from adacm2_jax.generate import GenerationConfig
-from adacm2_jax.metrics import exact_match, wilson_interval
-from adacm2_jax.models.adacm2 import check_memory
-from adacm2_jax.optim import merge_params
-from adacm2_jax.params import abstract_params
-from adacm2_jax.processor import Processor
+from adacm2_jax.runs.load import check_base, start_params
 from adacm2_jax.sharding import make_mesh
-from adacm2_jax.start import check_base, start_params
-from data.errors import DataError
+from adacm2_jax.video.frames import Sampling
+from adacm2_jax.video.resize import RESIZES
+from adacm2_jax.video.stream import Row, lock_step, open_video, video_batches
 from data.jsonl import Example, JsonlSource
-from data.resize import RESIZES
 from data.sources import open_source
-from data.stream import Row, lock_step, open_video, video_batches
-from data.video import Sampling
 
 #: Fields of an experiment that evaluation may change.
 FREE = (
@@ -287,7 +285,7 @@ def open_one(config: ConfigDict, video: str) -> Row:
 
 
 def reading(config: ConfigDict) -> dict:
-    """How videos are read, for ``data.video.read_frames``."""
+    """How videos are read, for ``adacm2_jax.video.frames.read_frames``."""
     return {
         "sampling": make_sampling(config.data.sampling),
         "resize": config.data.resize,

@@ -24,23 +24,18 @@ from tqdm import tqdm
 
 import eval as evaluation
 import train
-from adacm2_jax import app
 from adacm2_jax.config import AdaCM2Config
 from adacm2_jax.distributed import is_main, main_first, wait_for_all
-from adacm2_jax.errors import UserError
-from adacm2_jax.features import (
-    Encoder,
-    describe_vision,
-    images_at_a_time,
-    refuse_learning,
-    vision_params,
-)
-from adacm2_jax.optim import split_params
-from adacm2_jax.params import abstract_params
+from adacm2_jax.errors import DataError, UserError
+from adacm2_jax.files import remove_abandoned
+from adacm2_jax.inference.encoder import Encoder, describe_vision
+from adacm2_jax.models.params import abstract_params, split_params
+from adacm2_jax.runs import app
+from adacm2_jax.runs.load import vision_params
 from adacm2_jax.sharding import make_mesh
+from adacm2_jax.training.step import images_at_a_time, refuse_learning
 from data import features as cache
-from data.errors import DataError
-from data.feature_shards import (
+from data.feature_cache.shards import (
     DTYPES,
     check_room,
     missing_shards,
@@ -48,7 +43,6 @@ from data.feature_shards import (
     write_shard,
 )
 from data.jsonl import Example
-from data.partials import remove_abandoned
 from data.pipeline import clips, iter_batches, stack
 from data.sources import open_source
 
@@ -61,7 +55,7 @@ class Job:
       config: the experiment, JSON.
       split: whose clips.
       output: directory of the cache.
-      images: of ``adacm2_jax.features.images_at_a_time``.
+      images: of ``training.step.images_at_a_time``.
     """
 
     config: str

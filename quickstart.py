@@ -18,12 +18,12 @@ from absl import flags
 
 import eval as evaluation
 import train
-from adacm2_jax import app
-from adacm2_jax.checkpoint import write_json
 from adacm2_jax.config import from_dict
-from adacm2_jax.processor import Processor
+from adacm2_jax.errors import DataError
+from adacm2_jax.inference.processor import Processor
+from adacm2_jax.runs import app
+from adacm2_jax.runs.checkpoint import write_json
 from configs import needle
-from data.errors import DataError
 
 POLICIES = ("adacm2", "full", "uniform", "random", "recent")
 #: Frames of a video → questions asked, each about a video of its own.

@@ -19,17 +19,6 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 import eval as evaluation
-from adacm2_jax import app
-from adacm2_jax.checkpoint import (
-    Checkpoints,
-    check_alike,
-    check_same,
-    read_base,
-    read_config,
-    read_link,
-    saved_steps,
-    write_config,
-)
 from adacm2_jax.config import AdaCM2Config
 from adacm2_jax.distributed import (
     Preemption,
@@ -39,16 +28,27 @@ from adacm2_jax.distributed import (
     main_first,
     wait_for_all,
 )
-from adacm2_jax.errors import UserError
-from adacm2_jax.features import describe_vision, refuse_learning
-from adacm2_jax.metrics import MetricWriter
-from adacm2_jax.optim import make_optimizer, merge_params, split_params
-from adacm2_jax.params import abstract_params, fresh_params
-from adacm2_jax.processor import LLM_DIR, Processor, train_tokenizers
-from adacm2_jax.profiling import Profile
+from adacm2_jax.errors import DataError, UserError
+from adacm2_jax.inference.encoder import describe_vision
+from adacm2_jax.inference.processor import LLM_DIR, Processor, train_tokenizers
+from adacm2_jax.models.params import abstract_params, fresh_params, merge_params, split_params
+from adacm2_jax.runs import app
+from adacm2_jax.runs.checkpoint import (
+    Checkpoints,
+    check_alike,
+    check_same,
+    read_base,
+    read_config,
+    read_link,
+    saved_steps,
+    write_config,
+)
+from adacm2_jax.runs.load import check_start, resume_frozen, start_params
+from adacm2_jax.runs.metrics import MetricWriter
+from adacm2_jax.runs.profiling import Profile
 from adacm2_jax.sharding import data_share, make_mesh, rows_per_process, shard_batch
-from adacm2_jax.start import check_start, resume_frozen, start_params
-from adacm2_jax.train_step import (
+from adacm2_jax.training.optim import make_optimizer
+from adacm2_jax.training.step import (
     Batch,
     StepConfig,
     TrainState,
@@ -57,10 +57,10 @@ from adacm2_jax.train_step import (
     explain_nonfinite,
     init_train_state,
     make_train_step,
+    refuse_learning,
 )
 from data.cache import cached_clips
-from data.errors import DataError
-from data.features import check_weights, open_features
+from data.feature_cache.cache import check_weights, open_features
 from data.pipeline import LoadClip, clips, training_batches
 from data.sources import open_source
 
@@ -84,7 +84,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, profile: int = 0) -> di
     Args:
       config: the experiment.
       workdir: where the run is kept.
-      profile: steps to trace, see adacm2_jax/profiling.py.
+      profile: steps to trace, see adacm2_jax/runs/profiling.py.
 
     Raises:
       UserError, DataError: for a configuration, checkpoint or data set that cannot be used.

@@ -121,7 +121,7 @@ class MemoryConfig:
     """Which visual tokens are kept from frame to frame.
 
     Attributes:
-      policy: one of :data:`POLICIES`; see ``adacm2_jax/policies.py``, and ``adacm2_jax/merge.py``.
+      policy: one of :data:`POLICIES`; see ``memory/policies.py`` and ``memory/banks.py``.
       recent_ratio: ρ, the share of the live tokens, newest first, that is kept whole; one value, or
         one for each cross-attention layer (a tuple, or text such as ``"0.1,0.2"``).
       conserve_ratio: β, the share of the older tokens, best score first, that is kept; likewise.

@@ -1,4 +1,4 @@
-"""The error that is meant for the person at the keyboard."""
+"""The errors that are meant for the person at the keyboard."""
 
 from collections.abc import Iterator
 
@@ -11,6 +11,13 @@ class UserError(ValueError):
     """
 
     status = 2
+
+
+class DataError(UserError):
+    """A video, an annotation or a data set that cannot be used.
+
+    Whatever one video does ends as this error, so that a run can list it and go on with the rest.
+    """
 
 
 class LostProcessError(UserError):

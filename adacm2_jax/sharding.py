@@ -45,6 +45,10 @@ RULES = {
 }
 
 
+#: Rows of a batch: divided over ``data``.
+ROWS = PartitionSpec("data")
+
+
 def make_mesh(shape: tuple[int, int] = (-1, 1), devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of axes ``data`` and ``model``; -1 takes what is left.
 

@@ -26,7 +26,7 @@ def make(directory: pathlib.Path) -> None:
 
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
     from adacm2_jax.config import LlamaConfig, instructblip_vicuna_7b
-    from adacm2_jax.params import param_shapes
+    from adacm2_jax.models.params import param_shapes
     from adacm2_jax.port.formats import to_hugging_face_config
     from adacm2_jax.port.names import hf_table
     from adacm2_jax.port.rules import pieces_of

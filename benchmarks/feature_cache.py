@@ -20,13 +20,13 @@ import eval as evaluation
 import prepare
 import train
 from adacm2_jax.config import VisionConfig, tiny
-from adacm2_jax.optim import make_optimizer, merge_params, split_params
-from adacm2_jax.params import abstract_params, fresh_params
-from adacm2_jax.processor import train_tokenizers
+from adacm2_jax.inference.processor import train_tokenizers
+from adacm2_jax.models.params import abstract_params, fresh_params, merge_params, split_params
 from adacm2_jax.sharding import make_mesh, shard_batch
-from adacm2_jax.train_step import init_train_state, make_train_step
+from adacm2_jax.training.optim import make_optimizer
+from adacm2_jax.training.step import init_train_state, make_train_step
 from configs.base import base_config
-from data.features import finish
+from data.feature_cache.cache import finish
 from data.pipeline import training_batches
 from data.sources import open_source
 

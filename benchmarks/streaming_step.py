@@ -18,8 +18,8 @@ import torch
 from _torch_qformer import StreamingQFormer
 
 from adacm2_jax import config as configs
+from adacm2_jax.memory.policies import retention_counts
 from adacm2_jax.models.adacm2 import AdaCM2, Question, init_params, init_state
-from adacm2_jax.policies import retention_counts
 
 TEXT_TOKENS = 12
 CHUNKS = (1, 8, 16)

@@ -41,7 +41,7 @@ def base_config(model: AdaCM2Config) -> ml_collections.ConfigDict:
                 # length; max_frames > 0 spreads that many over a video that would have more.
                 "sampling": {"mode": "uniform", "num_frames": 8, "fps": 1.0, "max_frames": 0},
                 "jitter": False,  # training: a random instant in each segment
-                "resize": "clean",  # or ma_lmm: as MA-LMM evaluates, see data/resize.py
+                "resize": "clean",  # or ma_lmm: as MA-LMM evaluates, see adacm2_jax/video/resize.py
                 "on_truncated": "error",  # or use: go on with what could be read
                 "cache": False,  # keep decoded training clips on disk (short videos, many epochs)
                 "cache_dir": "runs/cache",
@@ -83,7 +83,7 @@ def base_config(model: AdaCM2Config) -> ml_collections.ConfigDict:
                 "full_frames": 0,  # longest video for policy full; 0: data.sampling's number
                 "split": "test",
             },
-            # See adacm2_jax/generate.py.
+            # See adacm2_jax/inference/generate.py.
             "generation": {
                 "max_new_tokens": 8,
                 "min_new_tokens": 1,

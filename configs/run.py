@@ -7,8 +7,8 @@ A converted checkpoint has no experiment of its own: it is asked as LAVIS asks I
 
 import ml_collections
 
-from adacm2_jax.checkpoint import is_base, read_config
 from adacm2_jax.config import from_dict
+from adacm2_jax.runs.checkpoint import is_base, read_config
 from configs.base import base_config
 
 

@@ -15,9 +15,9 @@ import grain
 import numpy as np
 from tqdm import tqdm
 
-from data.errors import DataError
+from adacm2_jax.errors import DataError
+from adacm2_jax.files import beside_path, remove_abandoned
 from data.jsonl import Example
-from data.partials import beside_path, remove_abandoned
 from data.pipeline import LoadClip, clips, iter_batches, stack
 
 _ROWS = 64

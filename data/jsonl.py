@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, SupportsIndex
 
-from data.errors import DataError
+from adacm2_jax.errors import DataError
 
 _FIELDS = ("video", "question", "answer", "start", "end", "id")
 _MOST_REPORTED = 5

@@ -14,9 +14,9 @@ from typing import Any
 import grain
 import numpy as np
 
-from data.errors import DataError
+from adacm2_jax.errors import DataError
+from adacm2_jax.video.frames import Sampling, read_clip
 from data.jsonl import Example
-from data.video import Sampling, read_clip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class LoadClip(grain.transforms.RandomMap):
       size: side of the frames, pixels.
       jitter: a random instant in each of T equal segments, instead of its middle.
       on_truncated: ``error`` (the video is skipped) or ``use`` (what could be read is used).
-      resize: how frames are made square: ``clean`` or ``ma_lmm``, see ``data.resize``.
+      resize: how frames are made square: ``clean`` or ``ma_lmm``, see ``adacm2_jax.video.resize``.
     """
 
     sampling: Sampling

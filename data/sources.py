@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, SupportsIndex
 
-from data.errors import DataError
+from adacm2_jax.errors import DataError
 from data.jsonl import Example, JsonlSource
 
 

@@ -12,13 +12,14 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from adacm2_jax import streaming
+from adacm2_jax.inference import steps as streaming
 from adacm2_jax.models.adacm2 import AdaCM2, Question, init_params, init_state, state_specs
-from adacm2_jax.optim import make_optimizer, split_params
+from adacm2_jax.models.params import split_params
 from adacm2_jax.plan.hlo import read as read_hlo
 from adacm2_jax.plan.loops import frame_loops, loop_name
 from adacm2_jax.sharding import make_mesh, param_shardings, replicated, shard_batch
-from adacm2_jax.train_step import (
+from adacm2_jax.training.optim import make_optimizer
+from adacm2_jax.training.step import (
     Batch,
     StepConfig,
     init_train_state,

@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 from absl import flags
 
-from adacm2_jax.checkpoint import restore_params
 from adacm2_jax.config import (
     AdaCM2Config,
     LlamaConfig,
@@ -28,8 +27,8 @@ from adacm2_jax.config import (
     VisionConfig,
     from_dict,
 )
-from adacm2_jax.optim import merge_params, split_params
-from adacm2_jax.params import abstract_params
+from adacm2_jax.models.params import abstract_params, merge_params, split_params
+from adacm2_jax.runs.checkpoint import restore_params
 from adacm2_jax.sharding import make_mesh
 from configs.base import base_config
 

@@ -12,10 +12,9 @@ import eval as evaluation
 import train
 from adacm2_jax.config import DTYPES
 from adacm2_jax.models.adacm2 import Question
-from adacm2_jax.optim import split_params
-from adacm2_jax.params import abstract_params
+from adacm2_jax.models.params import abstract_params, split_params
 from adacm2_jax.sharding import make_mesh
-from adacm2_jax.train_step import Batch, StepConfig, check_step, loss_fn
+from adacm2_jax.training.step import Batch, StepConfig, check_step, loss_fn
 from configs.base import base_config
 from tests.small import ROOT, run_script, small_model
 

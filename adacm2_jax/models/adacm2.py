@@ -25,14 +25,14 @@ from flax import struct
 from jax.sharding import PartitionSpec
 
 from adacm2_jax.config import AdaCM2Config
-from adacm2_jax.memory import Retention, VideoMemory, init_memory
-from adacm2_jax.merge import MergeMemory, init_bank
+from adacm2_jax.memory.banks import MergeMemory, init_bank
+from adacm2_jax.memory.policies import STRIDE, RetentionPlan, retention_plan
+from adacm2_jax.memory.slots import Retention, VideoMemory, init_memory
 from adacm2_jax.models.layers import ZEROS, Dense, LayerNorm, param, wide
 from adacm2_jax.models.llama import KVCache, Llama, init_cache
 from adacm2_jax.models.merging import MergingQFormer
 from adacm2_jax.models.qformer import Frames, QFormer, absorb
 from adacm2_jax.models.vit import VisionTransformer
-from adacm2_jax.policies import STRIDE, RetentionPlan, retention_plan
 from adacm2_jax.sharding import over_model
 
 #: CLIP's pixel statistics, for values in [0, 1].

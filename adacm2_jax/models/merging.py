@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from adacm2_jax.config import QFormerConfig
 from adacm2_jax.errors import UserError
-from adacm2_jax.merge import MergeBank, MergeMemory, append, live, merge
+from adacm2_jax.memory.banks import MergeBank, MergeMemory, append, live, merge
 from adacm2_jax.models.layers import Dense, attention, rematerialised
 from adacm2_jax.models.qformer import (
     FeedForward,

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from adacm2_jax.config import QFormerConfig
-from adacm2_jax.memory import Retention, VideoMemory, absorb_frames, observe_frames
+from adacm2_jax.memory.slots import Retention, VideoMemory, absorb_frames, observe_frames
 from adacm2_jax.models.layers import (
     ZEROS,
     Dense,

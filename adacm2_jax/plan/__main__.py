@@ -13,13 +13,13 @@ import sys
 
 import jax
 
-from adacm2_jax import app
 from adacm2_jax.errors import UserError
 from adacm2_jax.plan.estimate import abstract_mesh, estimate
 from adacm2_jax.plan.report import compile_step, render
 from adacm2_jax.plan.search import largest_batch
 from adacm2_jax.plan.steps import STEPS, make_plan
 from adacm2_jax.plan.topology import parse_topology, topology_devices
+from adacm2_jax.runs import app
 from adacm2_jax.sharding import make_mesh
 
 

@@ -18,7 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adacm2_jax.config import AdaCM2Config, from_dict
 from adacm2_jax.errors import UserError
-from adacm2_jax.generate import GenerationConfig, generate
+from adacm2_jax.inference.generate import GenerationConfig, generate
+from adacm2_jax.inference.steps import encode, read
 from adacm2_jax.models.adacm2 import (
     AdaCM2,
     Question,
@@ -27,11 +28,10 @@ from adacm2_jax.models.adacm2 import (
     init_state,
     state_specs,
 )
-from adacm2_jax.optim import make_optimizer, split_params
-from adacm2_jax.params import abstract_params
+from adacm2_jax.models.params import abstract_params, split_params
 from adacm2_jax.sharding import replicated, rows_per_process
-from adacm2_jax.streaming import encode, read
-from adacm2_jax.train_step import (
+from adacm2_jax.training.optim import make_optimizer
+from adacm2_jax.training.step import (
     Batch,
     StepConfig,
     abstract_train_state,

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from adacm2_jax.config import AdaCM2Config, MemoryConfig
-from adacm2_jax.memory import Retention, VideoMemory, attention_probs, init_memory, insert
+from adacm2_jax.memory.policies import retention_plan
+from adacm2_jax.memory.slots import Retention, VideoMemory, attention_probs, init_memory, insert
 from adacm2_jax.models.layers import Dense, LayerNorm
 from adacm2_jax.models.llama import Layer, RMSNorm
 from adacm2_jax.models.qformer import FrameProjection, Group, SelfAttention
 from adacm2_jax.models.vit import Block, VisionTransformer
-from adacm2_jax.policies import retention_plan
 
 
 class Weights(Protocol):

@@ -20,9 +20,9 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from adacm2_jax.checkpoint import param_trees, read_config
 from adacm2_jax.config import AdaCM2Config, from_dict
 from adacm2_jax.errors import UserError
+from adacm2_jax.runs.checkpoint import param_trees, read_config
 
 
 @dataclasses.dataclass

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from adacm2_jax.params import param_shapes
+from adacm2_jax.models.params import param_shapes
 from adacm2_jax.port.formats import TorchCheckpoint
 from adacm2_jax.port.names import hf_table
 from adacm2_jax.port.rules import Piece, match, pieces_of

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import tensorflow_datasets as tfds
 
-from data.errors import DataError
+from adacm2_jax.errors import DataError
 from data.needle.render import QUESTION, draw_video, encode, load_digits
 
 # So many are drawn before worker processes have so much as started.

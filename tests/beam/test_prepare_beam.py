@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from data.features import read_manifest
+from data.feature_cache.cache import read_manifest
+from tests.data.test_prepare import arguments, shards
 from tests.small import ROOT, error_line, process_environment, run_process
-from tests.test_prepare import arguments, shards
 
 
 @pytest.fixture(scope="module")

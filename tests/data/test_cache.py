@@ -8,12 +8,12 @@ import shutil
 import numpy as np
 import pytest
 
+from adacm2_jax.errors import DataError
+from adacm2_jax.video.frames import Sampling
 from data.cache import cached_clips
-from data.errors import DataError
 from data.jsonl import Example
 from data.pipeline import LoadClip, clips, training_batches
-from data.video import Sampling
-from tests.data.make_videos import encode, numbered_frames
+from tests.video.make_videos import encode, numbered_frames
 
 LOAD = LoadClip(Sampling("uniform", num_frames=3), 3, 16, False, "error")
 

@@ -13,7 +13,7 @@ import grain
 import numpy as np
 import pytest
 
-from data.errors import DataError
+from adacm2_jax.errors import DataError
 from data.pipeline import training_batches
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

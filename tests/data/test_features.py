@@ -16,18 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from data.errors import DataError
-from data.feature_shards import (
-    Error,
-    check_room,
-    missing_shards,
-    pack,
-    shard_clips,
-    shard_path,
-    unpack,
-    write_shard,
-)
-from data.features import (
+from adacm2_jax.errors import DataError
+from adacm2_jax.files import beside_path, remove_abandoned
+from adacm2_jax.video.frames import Sampling
+from data.feature_cache.cache import (
     check_weights,
     clips_of,
     finish,
@@ -37,12 +29,20 @@ from data.features import (
     with_key,
     write_manifest,
 )
+from data.feature_cache.shards import (
+    Error,
+    check_room,
+    missing_shards,
+    pack,
+    shard_clips,
+    shard_path,
+    unpack,
+    write_shard,
+)
 from data.jsonl import Example, JsonlSource
-from data.partials import beside_path, remove_abandoned
 from data.pipeline import LoadClip, clips, training_batches
-from data.video import Sampling
-from tests.data.make_videos import encode, numbered_frames
 from tests.small import ROOT
+from tests.video.make_videos import encode, numbered_frames
 
 LOAD = LoadClip(Sampling("uniform", num_frames=3), 4, 16, False, "error")
 SHAPE = (4, 2, 5)
@@ -310,8 +310,8 @@ def test_a_full_disk_is_one_line_and_leaves_no_shard(source, tmp_path):
     program = """
         import resource, sys
         import numpy as np
-        from data.errors import DataError
-        from data.feature_shards import write_shard
+        from adacm2_jax.errors import DataError
+        from data.feature_cache.shards import write_shard
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         manifest = dict(source=dict(clips=9), shards=1, shape=[1, 257, 64], dtype="float32")
@@ -343,7 +343,7 @@ def test_no_room_is_noticed_before_anything_is_computed(source, tmp_path, monkey
 def test_what_a_killed_process_left_is_removed_and_what_lives_is_not(source, tmp_path):
     program = f"""
         import pathlib
-        from data.partials import beside_path
+        from adacm2_jax.files import beside_path
         beside_path(pathlib.Path({str(tmp_path)!r}, "features-00000-of-00001.array_record")).touch()
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]

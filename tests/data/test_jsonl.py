@@ -8,7 +8,7 @@ import pickle
 import grain
 import pytest
 
-from data.errors import DataError
+from adacm2_jax.errors import DataError
 from data.jsonl import Example, JsonlSource
 
 LINE = {"video": "a.mp4", "question": "What?", "answer": "A cat"}

@@ -6,11 +6,11 @@ import av
 import numpy as np
 import pytest
 
-from data.errors import DataError
+from adacm2_jax.errors import DataError
+from adacm2_jax.video.frames import Sampling, probe, read_clip
 from data.needle.builder import build, make_record
 from data.needle.render import COLOURS, QUESTION, draw_video, encode, load_digits
 from data.sources import RecordSource
-from data.video import Sampling, probe, read_clip
 
 
 def colours_of(frames: np.ndarray) -> list[str]:

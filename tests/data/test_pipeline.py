@@ -5,11 +5,11 @@ import logging
 import numpy as np
 import pytest
 
-from data.errors import DataError
+from adacm2_jax.errors import DataError
+from adacm2_jax.video.frames import Sampling
 from data.jsonl import Example
 from data.pipeline import LoadClip, clips, stack, training_batches
-from data.video import Sampling
-from tests.data.make_videos import encode, numbered_frames, read_numbers
+from tests.video.make_videos import encode, numbered_frames, read_numbers
 
 
 class Videos(list):

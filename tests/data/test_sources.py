@@ -5,7 +5,7 @@ import json
 import ml_collections
 import pytest
 
-from data.errors import DataError
+from adacm2_jax.errors import DataError
 from data.jsonl import JsonlSource
 from data.needle.builder import build
 from data.sources import RecordSource, open_source

@@ -16,13 +16,13 @@ import jax
 import numpy as np
 
 from adacm2_jax import distributed
-from adacm2_jax.checkpoint import Checkpoints, restore_params
 from adacm2_jax.config import AdaCM2Config
 from adacm2_jax.models.adacm2 import Question
-from adacm2_jax.optim import make_optimizer, merge_params, split_params
-from adacm2_jax.params import abstract_params, fresh_params
+from adacm2_jax.models.params import abstract_params, fresh_params, merge_params, split_params
+from adacm2_jax.runs.checkpoint import Checkpoints, restore_params
 from adacm2_jax.sharding import data_share, make_mesh, shard_batch
-from adacm2_jax.train_step import Batch, StepConfig, init_train_state, make_train_step
+from adacm2_jax.training.optim import make_optimizer
+from adacm2_jax.training.step import Batch, StepConfig, init_train_state, make_train_step
 from data.pipeline import training_batches
 from tests.small import small_model
 

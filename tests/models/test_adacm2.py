@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 
 from adacm2_jax.config import LlamaConfig, MemoryConfig, instructblip_vicuna_7b, tiny
-from adacm2_jax.memory import in_time_order
+from adacm2_jax.memory.slots import in_time_order
 from adacm2_jax.models.adacm2 import (
     AdaCM2,
     Question,

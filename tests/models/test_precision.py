@@ -12,7 +12,7 @@ import pytest
 
 from adacm2_jax.config import tiny
 from adacm2_jax.models.adacm2 import AdaCM2, Question, init_params, init_state
-from adacm2_jax.params import abstract_params
+from adacm2_jax.models.params import abstract_params
 from adacm2_jax.sharding import make_mesh
 
 HALVES = ("bfloat16", "float16")

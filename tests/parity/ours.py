@@ -9,10 +9,16 @@ import numpy as np
 from flax import traverse_util
 
 from adacm2_jax.config import AdaCM2Config, MemoryConfig, QFormerConfig
-from adacm2_jax.memory import Retention, attention_probs, in_time_order, init_memory, live_slots
+from adacm2_jax.memory.policies import retention_plan
+from adacm2_jax.memory.slots import (
+    Retention,
+    attention_probs,
+    in_time_order,
+    init_memory,
+    live_slots,
+)
 from adacm2_jax.models.adacm2 import init_params
 from adacm2_jax.models.qformer import Frames, Group, QFormer
-from adacm2_jax.policies import retention_plan
 from adacm2_jax.port.rules import Part, Piece, Table, match
 
 #: Path → shape of parameters of ours, or name → shape of tensors.

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from adacm2_jax.config import LlamaConfig, tiny
-from adacm2_jax.generate import Generated, GenerationConfig, generate, nucleus, search
+from adacm2_jax.inference.generate import Generated, GenerationConfig, generate, nucleus, search
 from adacm2_jax.models.adacm2 import AdaCM2, Question, init_state
 from adacm2_jax.models.llama import Llama, init_cache
 from tests.parity import names, oracle

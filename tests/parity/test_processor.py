@@ -11,9 +11,9 @@ import transformers
 from sklearn.datasets import load_sample_image
 
 from adacm2_jax.config import AdaCM2Config, LlamaConfig
-from adacm2_jax.port.tokenizers import read_tokenizers
-from adacm2_jax.processor import Processor
-from data.resize import bicubic, clean, ma_lmm
+from adacm2_jax.inference.processor import Processor
+from adacm2_jax.inference.tokenizers import read_tokenizers
+from adacm2_jax.video.resize import bicubic, clean, ma_lmm
 from tests.parity import oracle
 from tests.vocabularies import PIECES, WORDS
 

@@ -18,7 +18,7 @@ import transformers
 from flax import traverse_util
 
 from adacm2_jax.config import LlamaConfig
-from adacm2_jax.generate import GenerationConfig, search
+from adacm2_jax.inference.generate import GenerationConfig, search
 from adacm2_jax.models.llama import Llama, init_cache
 from adacm2_jax.port.formats import llama_config
 from adacm2_jax.port.names import llama_table

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from adacm2_jax.config import MemoryConfig, tiny
-from adacm2_jax.memory import in_time_order
+from adacm2_jax.memory.slots import in_time_order
 from adacm2_jax.models.adacm2 import AdaCM2, Question, init_state
 from tests.parity import names, oracle
 

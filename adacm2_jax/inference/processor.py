@@ -1,0 +1,291 @@
+"""Questions and answers to token ids, and back.
+
+Two tokenizers, as in LAVIS's InstructBLIP (blip2_vicuna_instruct.py): a BERT one for the Q-Former
+(``[CLS] question [SEP]``) and a LLaMA one for the language model, where ``</s>`` opens and ends
+every text. Lengths are static: every text is padded to the configuration's limit. A longer question
+is refused; LAVIS would cut off its beginning.
+"""
+
+import collections
+import functools
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from adacm2_jax.config import AdaCM2Config
+from adacm2_jax.errors import UserError
+from adacm2_jax.models.adacm2 import Question
+
+QFORMER_DIR, LLM_DIR = "qformer_tokenizer", "llm_tokenizer"
+#: A sentencepiece model, in a directory of the language model's tokenizer.
+PIECES = "tokenizer.model"
+
+
+class Processor:
+    """The text path of one model.
+
+    Attributes:
+      eos_id: the token that ends an answer.
+      pad_id: the language model's padding token.
+    """
+
+    def __init__(self, qformer_tokenizer, llm_tokenizer, config: AdaCM2Config):
+        for name, tokenizer, rows in (
+            ("Q-Former", qformer_tokenizer, config.qformer.vocab_size),
+            ("language-model", llm_tokenizer, config.llm.vocab_size),
+        ):
+            if len(tokenizer) > rows:
+                raise UserError(
+                    f"the {name} tokenizer has {len(tokenizer)} tokens, but the model has {rows} "
+                    "embedding rows; use the tokenizer that belongs to the checkpoint"
+                )
+        for token in ("bos_token", "eos_token", "pad_token"):
+            if getattr(llm_tokenizer, token) is None:
+                raise UserError(
+                    f"the language-model tokenizer names no {token}; write it with train.py, or "
+                    "with python -m adacm2_jax.port"
+                )
+        self._qformer, self._llm = qformer_tokenizer, llm_tokenizer
+        self._max_text, self._max_answer = config.max_text_len, config.max_answer_len
+        self.eos_id, self.pad_id = llm_tokenizer.eos_token_id, llm_tokenizer.pad_token_id
+        self._encode = functools.lru_cache(maxsize=4096)(self._encode_question)
+
+    @classmethod
+    def load(cls, directory: str | pathlib.Path, config: AdaCM2Config) -> "Processor":
+        """Reads the two tokenizers from a directory; never goes to the network.
+
+        Each is what :meth:`save` writes, or the files of a published checkpoint
+        (``tokenizer.model``, ``vocab.txt``), which are read as LAVIS reads them.
+
+        Raises:
+          UserError: if there is none, it is damaged, or larger than the model.
+        """
+        from adacm2_jax.inference.tokenizers import read_llm_tokenizer, read_qformer_tokenizer
+
+        root = pathlib.Path(directory)
+        return cls(
+            _load(root / QFORMER_DIR, read_qformer_tokenizer, config.qformer.vocab_size),
+            _load(root / LLM_DIR, read_llm_tokenizer, config.llm.vocab_size),
+            config,
+        )
+
+    def save(self, directory: str | pathlib.Path) -> None:
+        """Writes both tokenizers in Hugging Face's layout, in place of those that are there."""
+        for name, write in ((QFORMER_DIR, self.save_qformer), (LLM_DIR, self.save_llm)):
+            target = pathlib.Path(directory) / name
+            beside = target.with_name(f".{name}.{os.getpid()}")
+            write(beside)
+            shutil.rmtree(target, ignore_errors=True)
+            beside.rename(target)
+
+    def save_qformer(self, directory: str | pathlib.Path) -> None:
+        """Writes the Q-Former's tokenizer into a directory, beside what else it holds."""
+        _save(self._qformer, pathlib.Path(directory))
+
+    def save_llm(self, directory: str | pathlib.Path) -> None:
+        """Writes the language model's tokenizer into a directory, beside what else it holds.
+
+        With its ``tokenizer.model``, if it came from one: LAVIS reads nothing else.
+        """
+        _save(self._llm, pathlib.Path(directory))
+
+    def questions(self, questions: Sequence[str]) -> Question:
+        """Prompts to generate from: the language model's side is padded on the left.
+
+        Returns:
+          A ``Question`` of numpy arrays, each [B, max_text_len].
+
+        Raises:
+          UserError: for a question that is longer than the limit.
+        """
+        encoded = [self._encode(question) for question in questions]
+        qformer, llm = zip(*encoded, strict=True)
+        qformer_ids, qformer_mask = _pad(qformer, self._max_text, 0)
+        llm_ids, llm_mask = _pad(llm, self._max_text, self.pad_id, left=True)
+        return Question(qformer_ids, qformer_mask, llm_ids, llm_mask)
+
+    def training(
+        self, questions: Sequence[str], answers: Sequence[str]
+    ) -> tuple[Question, np.ndarray]:
+        """Teacher-forcing rows: prompt, answer and ``</s>``, padded on the right.
+
+        Returns:
+          A ``Question`` whose ``llm_*`` are [B, max_text_len + max_answer_len], and bool of the
+          same shape: true on the answer's tokens.
+        """
+        encoded = [self._encode(question) for question in questions]
+        qformer, prompts = zip(*encoded, strict=True)
+        endings = [self._answer(answer) for answer in answers]
+        rows = [prompt + ending for prompt, ending in zip(prompts, endings, strict=True)]
+        length = self._max_text + self._max_answer
+        qformer_ids, qformer_mask = _pad(qformer, self._max_text, 0)
+        llm_ids, llm_mask = _pad(rows, length, self.pad_id)
+        place = np.arange(length)
+        starts = np.array([len(prompt) for prompt in prompts])[:, None]
+        targets = llm_mask & (place >= starts)
+        return Question(qformer_ids, qformer_mask, llm_ids, llm_mask), targets
+
+    def decode(self, ids: np.ndarray) -> str:
+        """Generated ids, int[S], up to the first end token, as text."""
+        tokens = ids.tolist()
+        if self.eos_id in tokens:
+            tokens = tokens[: tokens.index(self.eos_id)]
+        return self._llm.decode(tokens, skip_special_tokens=True).strip()
+
+    def _encode_question(self, question: str) -> tuple[list[int], list[int]]:
+        qformer = self._qformer(question)["input_ids"]
+        # LAVIS opens every prompt with the tokenizer's bos, which it has set to </s>.
+        llm = self._llm(question, add_special_tokens=False)["input_ids"]
+        llm = [self._llm.bos_token_id, *llm]
+        longest = max(len(qformer), len(llm))
+        if longest > self._max_text:
+            raise UserError(
+                f"the question {_short(question)!r} has {longest} tokens; the limit is "
+                f"{self._max_text} (max_text_len): shorten it"
+            )
+        return qformer, llm
+
+    def _answer(self, answer: str) -> list[int]:
+        ids = self._llm(answer, add_special_tokens=False)["input_ids"]
+        # LAVIS cuts on the right too, but with the end token; ours always ends.
+        return [*ids[: self._max_answer - 1], self.eos_id]
+
+
+def _load(path: pathlib.Path, read: Callable[[pathlib.Path, int], Any], rows: int) -> Any:
+    """The tokenizer in a directory; ``read`` takes those that have no ``tokenizer.json``."""
+    from transformers import PreTrainedTokenizerFast
+
+    if not path.is_dir():
+        raise UserError(
+            f"no tokenizer at {path}; point to a directory that holds {QFORMER_DIR}/ and "
+            f"{LLM_DIR}/, as train.py writes them"
+        )
+    if not (path / "tokenizer.json").is_file():
+        return read(path, rows)
+    try:
+        # The file is complete. Any other class would lay rules of its own over it, which differ
+        # from one version of transformers to the next.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises nothing more precise
+        reason = str(error).strip().split("\n")[0][:120]
+        raise UserError(
+            f"the tokenizer in {path} is damaged ({reason}); restore it from a copy"
+        ) from error
+    if (path / PIECES).is_file():
+        tokenizer.vocab_file = str(path / PIECES)
+    return tokenizer
+
+
+def _save(tokenizer: Any, directory: pathlib.Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(directory)
+    settings = directory / "tokenizer_config.json"
+    # Each version of transformers names a class that others do not have; all of them know this one.
+    values = json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings.write_text(json.dumps(values, indent=2) + "\n")
+    pieces = pathlib.Path(getattr(tokenizer, "vocab_file", None) or "")
+    if pieces.name == PIECES and pieces.is_file() and not (directory / PIECES).exists():
+        shutil.copyfile(pieces, directory / PIECES)
+
+
+def train_tokenizers(
+    texts: Iterable[str], config: AdaCM2Config, directory: str | pathlib.Path
+) -> Processor:
+    """Learns both tokenizers from a corpus, for a model that starts from nothing, and saves them.
+
+    A lower-casing WordPiece tokenizer of BERT's form and a byte-level BPE tokenizer with LAVIS's
+    special tokens; neither is larger than the model's embedding tables. The same texts give the
+    same tokenizers, in every process.
+    """
+    from tokenizers import (
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
+    from transformers import PreTrainedTokenizerFast
+
+    texts = sorted(set(texts))
+    normalizer = normalizers.BertNormalizer(lowercase=True)
+    splitter = pre_tokenizers.BertPreTokenizer()
+    words = collections.Counter(
+        word
+        for text in texts
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))
+    )
+    vocabulary = _word_pieces(words, config.qformer.vocab_size)
+    bert = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    bert.normalizer, bert.pre_tokenizer = normalizer, splitter
+    bert.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    llama = Tokenizer(models.BPE(unk_token="</s>"))
+    llama.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    llama.decoder = decoders.ByteLevel()
+    llama.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=config.llm.vocab_size,
+            special_tokens=["<pad>", "<s>", "</s>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    processor = Processor(
+        PreTrainedTokenizerFast(
+            tokenizer_object=bert,
+            pad_token="[PAD]",
+            unk_token="[UNK]",
+            cls_token="[CLS]",
+            sep_token="[SEP]",
+            bos_token="[DEC]",
+        ),
+        PreTrainedTokenizerFast(
+            tokenizer_object=llama,
+            pad_token="<pad>",
+            bos_token="</s>",
+            eos_token="</s>",
+            unk_token="</s>",
+        ),
+        config,
+    )
+    processor.save(directory)
+    return processor
+
+
+def _word_pieces(words: collections.Counter, size: int) -> dict[str, int]:
+    """BERT's special tokens, the letters, and the most frequent words that there is room for.
+
+    The library's own trainer numbers its pieces by a hash that differs from process to process.
+    """
+    letters = collections.Counter("abcdefghijklmnopqrstuvwxyz0123456789")
+    for word, count in words.items():
+        letters.update(dict.fromkeys(word, count))
+    by_frequency = sorted(letters, key=lambda letter: (-letters[letter], letter))
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[DEC]"]
+    # A writing of thousands of letters leaves half of the room to words.
+    for letter in by_frequency[: max(36, size // 4)]:
+        pieces += [letter, f"##{letter}"]
+    pieces += sorted(words, key=lambda word: (-words[word], word))
+    return {piece: i for i, piece in enumerate(list(dict.fromkeys(pieces))[:size])}
+
+
+def _pad(rows: Sequence[list[int]], length: int, value: int, left: bool = False) -> tuple[Any, Any]:
+    ids = np.full((len(rows), length), value, np.int32)
+    mask = np.zeros((len(rows), length), bool)
+    for i, row in enumerate(rows):
+        place = slice(length - len(row), length) if left else slice(len(row))
+        ids[i, place], mask[i, place] = row, True
+    return ids, mask
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else text[:37] + "…"

@@ -1,0 +1,131 @@
+"""The parameters of a model: which learn, their shapes, types and places, fresh values for them."""
+
+import re
+from collections.abc import Collection, Sequence
+
+import flax.linen as nn
+import jax
+from flax import traverse_util
+from jax.sharding import Mesh
+
+from adacm2_jax.config import AdaCM2Config
+from adacm2_jax.errors import UserError
+from adacm2_jax.models.adacm2 import init_params
+from adacm2_jax.sharding import param_shardings
+
+#: A regular expression over parameter paths, and a factor on the learning rate; None freezes.
+Group = tuple[str, float | None]
+
+
+def group_of(path: str, groups: Sequence[Group]) -> Group:
+    """The first group whose expression matches the whole path such as ``qformer/norm/scale``.
+
+    Raises:
+      UserError: if none does.
+    """
+    for pattern, factor in groups:
+        if re.fullmatch(pattern, path):
+            return pattern, factor
+    raise UserError(
+        f"parameter {path} matches no expression of optim.groups; add a last group ('.*', 1.0)"
+    )
+
+
+def split_params(params, groups: Sequence[Group]) -> tuple[dict, dict]:
+    """Parameters as two flat dictionaries by path: those that learn, and those that are frozen.
+
+    Raises:
+      UserError: if a group matches nothing (a misspelt expression), or nothing learns.
+    """
+    flat = traverse_util.flatten_dict(params, sep="/")
+    chosen = {path: group_of(path, groups) for path in flat}
+    unused = [pattern for pattern, _ in groups if pattern not in {g for g, _ in chosen.values()}]
+    if unused:
+        raise UserError(
+            f"optim.groups: {unused[0]!r} matches no parameter that is left; paths start with "
+            + ", ".join(sorted({path.split("/")[0] for path in flat}))
+        )
+    learned = {path: leaf for path, leaf in flat.items() if chosen[path][1] is not None}
+    if not learned:
+        raise UserError("optim.groups freezes every parameter; give one group a factor")
+    return learned, {path: leaf for path, leaf in flat.items() if path not in learned}
+
+
+def merge_params(learned: dict, frozen: dict) -> dict:
+    """The parameter tree again."""
+    return traverse_util.unflatten_dict({**learned, **frozen}, sep="/")
+
+
+def abstract_params(config: AdaCM2Config, groups: Sequence[Group], mesh: Mesh) -> dict:
+    """The parameter tree without values.
+
+    Args:
+      config: the model.
+      groups: of the optimiser. What learns is float32; what is frozen see :func:`frozen_dtype`.
+      mesh: where the parameters belong.
+
+    Returns:
+      A tree of ``jax.ShapeDtypeStruct`` with shardings.
+
+    Raises:
+      UserError: if the groups or the mesh do not fit the parameters.
+    """
+    boxed = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    shapes = nn.unbox(boxed)
+    frozen = split_params(shapes, groups)[1]
+
+    def place(path, leaf, sharding) -> jax.ShapeDtypeStruct:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        dtype = frozen_dtype(config, name) if name in frozen else leaf.dtype
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(place, shapes, param_shardings(boxed, mesh))
+
+
+def frozen_dtype(config: AdaCM2Config, path: str) -> str:
+    """The dtype that a parameter is kept in where it does not learn.
+
+    Weights of matrix products and tables of words have the dtype that they are used in. All else,
+    a thousandth of a model, is float32: norms, biases, learned tokens and positions.
+    """
+    if not re.search(r"(kernel|(token|word)_embed)$", path):
+        return "float32"
+    return config.dtype if path.startswith(("vision/", "llm/")) else config.memory_dtype
+
+
+def fresh_params(
+    config: AdaCM2Config, abstract: dict, seed: int, only: Collection[str] | None = None
+) -> dict[str, jax.Array]:
+    """Random parameters, made where they belong.
+
+    Args:
+      config: the model.
+      abstract: of :func:`abstract_params`.
+      seed: of the random numbers; a parameter's values do not depend on ``only``.
+      only: paths to make; by default all.
+
+    Returns:
+      Flat parameters by path.
+    """
+    wanted = traverse_util.flatten_dict(abstract, sep="/")
+    if only is not None:
+        wanted = {path: wanted[path] for path in only}
+
+    def init(key: jax.Array) -> dict:
+        params = traverse_util.flatten_dict(nn.unbox(init_params(config, key)), sep="/")
+        return {path: params[path].astype(like.dtype) for path, like in wanted.items()}
+
+    shardings = {path: leaf.sharding for path, leaf in wanted.items()}
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+
+
+def param_shapes(config: AdaCM2Config) -> dict[str, tuple[int, ...]]:
+    """path → shape of every parameter of a model."""
+    boxed = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    flat = traverse_util.flatten_dict(nn.unbox(boxed), sep="/")
+    return {path: leaf.shape for path, leaf in flat.items()}
+
+
+def replicated_parts(params: dict) -> dict:
+    """The parameters that read frames; the language model's are split over devices."""
+    return {part: params[part] for part in ("vision", "ln_vision", "temporal_embed", "qformer")}

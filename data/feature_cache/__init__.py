@@ -1,0 +1,1 @@
+"""A cache of what a frozen ViT makes of a training set, computed once."""

@@ -1,0 +1,113 @@
+"""Videos in lock-step: batches, chunks, padding, and rows that break off."""
+
+import numpy as np
+import pytest
+
+from adacm2_jax.errors import DataError
+from adacm2_jax.video.frames import Sampling, read_clip
+from adacm2_jax.video.stream import open_video, video_batches
+from data.jsonl import Example
+from tests.video.make_videos import encode, numbered_frames, read_numbers
+
+
+def example(name: str, video, start=None, end=None) -> Example:
+    return Example(name, video, "what?", None, start, end)
+
+
+def read(examples, batch_size=2, chunk=4, fps=10.0, **options):
+    """Batches with each row's numbers, and the videos that could not be opened."""
+    bad, batches = [], []
+    options = {"sampling": Sampling("fps", fps), "on_warning": lambda line: None} | options
+    for batch in video_batches(
+        examples,
+        batch_size=batch_size,
+        chunk=chunk,
+        size=64,
+        workers=2,
+        on_bad_video=lambda row, error: bad.append((row.id, error)),
+        **options,
+    ):
+        chunks = list(batch.chunks)
+        for frames, valid in chunks:
+            assert frames.shape == (batch_size, chunk, 64, 64, 3) and frames.dtype == np.uint8
+            assert valid.shape == (batch_size, chunk)
+            assert not frames[~valid].any()
+        numbers = [
+            [n for frames, valid in chunks for n in read_numbers(frames[i][valid[i]])]
+            for i in range(batch_size)
+        ]
+        batches.append((batch, chunks, numbers))
+    return batches, bad
+
+
+def test_videos_of_any_length_side_by_side():
+    lengths = [3, 9, 8, 1, 5]
+    examples = [example(str(n), encode(None, numbered_frames(n), fps=10)) for n in lengths]
+    batches, bad = read(examples)
+    assert not bad
+    assert [[row.number for row in batch.rows] for batch, _, _ in batches] == [[0, 1], [2, 3], [4]]
+    assert [row.total for batch, _, _ in batches for row in batch.rows] == lengths
+    counted = [numbers for _, _, rows in batches for numbers in rows]
+    assert counted == [list(range(n)) for n in lengths] + [[]]  # the last row is padding
+    assert [len(chunks) for _, chunks, _ in batches] == [3, 2, 2]
+    # Valid frames are a prefix of every row, whatever its neighbour's length.
+    _, chunks, _ = batches[0]
+    assert [valid[0].tolist() for _, valid in chunks] == [
+        [True] * 3 + [False],
+        [False] * 4,
+        [False] * 4,
+    ]
+
+
+def test_a_part_of_a_video():
+    video = encode(None, numbered_frames(50), fps=10)
+    batches, _ = read([example("part", video, 1.0, 2.0)], batch_size=1)
+    assert batches[0][2] == [list(range(10, 20))]
+
+
+def test_what_cannot_be_opened_is_told_and_left_out(tmp_path):
+    good = encode(None, numbered_frames(3), fps=10)
+    examples = [
+        example("gone", str(tmp_path / "gone.mp4")),
+        example("one", good),
+        example("text", b"no video at all" * 99),
+        example("two", good),
+        example("late", good, start=7.0),
+    ]
+    batches, bad = read(examples)
+    assert [name for name, _ in bad] == ["gone", "text", "late"]
+    assert [row.example.id for row in batches[0][0].rows] == ["one", "two"]
+    assert [row.number for row in batches[0][0].rows] == [1, 3]
+    assert batches[0][2] == [[0, 1, 2], [0, 1, 2]]
+
+
+def test_a_row_that_breaks_off_does_not_touch_its_neighbour():
+    options = {"g": "10", "bf": "0"}  # without B-frames the pictures end at one place
+    whole = encode(None, numbered_frames(100), fps=10, options=options, container="matroska")
+    cut = whole[: len(whole) // 2]
+    good = encode(None, numbered_frames(100), fps=10)
+    (batch, _, numbers), *_ = read([example("cut", cut), example("good", good)])[0]
+    assert "cut short" in batch.rows[0].error and batch.rows[1].error is None
+    assert numbers[1] == list(range(100)) and 0 < len(numbers[0]) < 100
+    (batch, _, numbers), *_ = read([example("cut", cut)], on_truncated="use")[0]
+    assert batch.rows[0].error is None and numbers[0] == list(range(len(numbers[0])))
+
+
+def test_chunks_are_the_clip():
+    video = encode(None, numbered_frames(23), fps=10)
+    sampling = Sampling("uniform", num_frames=11)
+    whole = read_clip(video, sampling, size=32)
+    for chunk in (1, 4, 11, 16):
+        row = open_video(example("a", video), sampling=sampling, size=32, chunk=chunk)
+        frames = np.concatenate([piece.frames for piece in row.chunks])
+        np.testing.assert_array_equal(frames, whole)
+
+
+def test_opening_decodes_nothing(decoded):
+    video = encode(None, numbered_frames(60), fps=10)
+    row = open_video(example("a", video), 3, sampling=Sampling("fps", 10), size=32, chunk=4)
+    assert (row.number, row.total, decoded[0]) == (3, 60, 0)
+    next(row.chunks)
+    assert 0 < decoded[0] < 20
+    with pytest.raises(DataError):
+        open_video(example("b", b""), sampling=Sampling(), size=32, chunk=4)
