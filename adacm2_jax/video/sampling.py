@@ -1,0 +1,95 @@
+"""Which instants of a video are looked at; knows neither files nor codecs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from adacm2_jax.errors import DataError
+
+#: How frames can be made square, see resize.py.
+RESIZE_NAMES = ("clean", "ma_lmm")
+# Annotations give whole seconds: an end this far past the video's is taken as the video's end.
+_END_SLACK = 1.0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How frames are chosen, by time stamps.
+
+    Attributes:
+        mode: "fps" takes a frame every 1 / `fps` seconds; "uniform" spreads `num_frames` evenly.
+        fps: frames per second (mode "fps").
+        num_frames: frames of a video (mode "uniform").
+        max_frames: None, or a cap (mode "fps"): a video that would have more frames than that is
+            sampled uniformly with so many.
+    Raises:
+        DataError: a field is out of range.
+    """
+
+    mode: Literal["fps", "uniform"] = "fps"
+    fps: float = 1.0
+    num_frames: int = 0
+    max_frames: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("fps", "uniform"):
+            raise DataError(f"sampling.mode={self.mode!r}: must be 'fps' or 'uniform'")
+        if self.mode == "fps" and not (math.isfinite(self.fps) and self.fps > 0):
+            raise DataError(
+                f"sampling.fps={self.fps!r}: must be a positive number of frames a second"
+            )
+        if self.mode == "uniform" and self.num_frames < 1:
+            raise DataError(
+                f"sampling.num_frames={self.num_frames!r}: mode 'uniform' needs 1 or more"
+            )
+        if self.max_frames is not None and self.max_frames < 1:
+            raise DataError(f"sampling.max_frames={self.max_frames!r}: must be 1 or more, or None")
+
+
+def sample_times(
+    duration: float,
+    sampling: Sampling,
+    start: float | None = None,
+    end: float | None = None,
+    rng: np.random.Generator | None = None,
+) -> np.ndarray:
+    """Chooses the instants whose frames are taken.
+
+    Args:
+        duration: of the video, seconds.
+        sampling: mode "fps" gives start + k / fps below end, and at least one instant. Mode
+            "uniform" cuts [start, end) into equal segments and gives their midpoints.
+        start, end: the part of the video that counts, seconds; None for the video's own.
+        rng: with it, mode "uniform" draws an instant uniformly inside each segment (for training).
+    Returns:
+        float64[T], seconds, increasing.
+    Raises:
+        DataError: `start` or `end` is outside the video, or they are reversed.
+    """
+    start, end = _window(duration, start, end)
+    count = sampling.num_frames
+    if sampling.mode == "fps":
+        # A billionth of a frame keeps rounding from adding one at `end` itself.
+        count = max(1, math.ceil((end - start) * sampling.fps - 1e-9))
+        if sampling.max_frames is None or count <= sampling.max_frames:
+            return start + np.arange(count) / sampling.fps
+        count = sampling.max_frames
+    within = np.full(count, 0.5) if rng is None else rng.random(count)
+    return start + (np.arange(count) + within) * ((end - start) / count)
+
+
+def _window(duration: float, start: float | None, end: float | None) -> tuple[float, float]:
+    lasts = f"the video lasts {duration:.2f} s"
+    first = 0.0 if start is None else start
+    last = duration if end is None else end
+    if not (math.isfinite(first) and 0 <= first < duration):
+        raise DataError(f"start={first:g} s is outside: {lasts}; give a start inside it")
+    if not (math.isfinite(last) and 0 < last <= duration + _END_SLACK):
+        raise DataError(f"end={last:g} s is outside: {lasts}; give an end inside it")
+    if first >= last:
+        raise DataError(f"start={first:g} s is not before end={last:g} s: swap them ({lasts})")
+    return float(first), float(min(last, duration))
