@@ -24,12 +24,12 @@ from tqdm import tqdm
 from adacm2_jax.config import AdaCM2Config, MemoryConfig, from_dict
 from adacm2_jax.distributed import connect, is_main, main_first
 from adacm2_jax.errors import DataError, UserError
-from adacm2_jax.inference.answerer import Answer, Answerer, Session
+from adacm2_jax.inference.answerer import Answer, Answerer, Reading
 from adacm2_jax.inference.generate import GenerationConfig
 from adacm2_jax.inference.processor import Processor
 from adacm2_jax.inference.scores import exact_match, wilson_interval
 from adacm2_jax.models.adacm2 import check_memory
-from adacm2_jax.models.params import abstract_params, merge_params
+from adacm2_jax.models.params import abstract_params, join_params
 from adacm2_jax.runs import app
 from adacm2_jax.runs.checkpoint import (
     check_same,
@@ -179,7 +179,7 @@ def load_params(config: ConfigDict, workdir: str | os.PathLike) -> dict:
     abstract = abstract_params(model_config, config.optim.groups, mesh)
     run = (pathlib.Path(workdir) / "config.json").exists() and not is_base(workdir)
     if run or not (config.init_from or is_base(workdir)):
-        return merge_params(restore_params(workdir, abstract, base=config.init_from), {})
+        return join_params(restore_params(workdir, abstract, base=config.init_from), {})
     source = workdir if is_base(workdir) else config.init_from
     return start_params(source, model_config, abstract, config.init_missing, config.seed)
 
@@ -228,17 +228,17 @@ def answer_split(
         prompts = [config.data.prompt.format(question=row.example.question) for row in batch.rows]
         totals = np.array([row.total for row in batch.rows] + [1] * spare)
         seeds = np.array([row.number for row in batch.rows] + [0] * spare)
-        session = answerer.start(prompts + [""] * spare, totals, seeds)
+        videos = answerer.start(prompts + [""] * spare, totals, seeds)
         for frames, valid in batch.chunks:
-            answerer.observe(session, frames, valid)
+            answerer.read(videos, frames, valid)
         failed += [{"id": r.example.id, "error": r.error} for r in batch.rows if r.error]
-        for name in session.states:
-            answers = answerer.answer(session, name)
+        for name in videos.states:
+            answers = answerer.answer(videos, name)
             for i, row in enumerate(batch.rows):
                 if row.error is None:
                     line = prediction(row.example, answers[i])
-                    predictions.append(line | usage(answerer, session, name, i))
-            seconds[name] += session.seconds[name]
+                    predictions.append(line | usage(answerer, videos, name, i))
+            seconds[name] += videos.seconds[name]
         bar.update(len(batch.rows))
     bar.close()
     return predictions, failed, seconds
@@ -256,20 +256,20 @@ def answer_video(
     chunk, size, count = config.eval.chunk, model_config.vision.image_size, len(questions)
     prompts = [config.data.prompt.format(question=question) for question in questions]
     row = open_one(config, video)
-    session = answerer.start(prompts, np.full(count, row.total), np.zeros(count, np.uint32))
+    videos = answerer.start(prompts, np.full(count, row.total), np.zeros(count, np.uint32))
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         chunks = lock_step([row], pool, 1, chunk, size)
         total = -(-row.total // chunk)
         for frames, valid in tqdm(chunks, desc="watch", unit="chunk", total=total, disable=None):
-            answerer.observe(session, frames, valid)
+            answerer.read(videos, frames, valid)
     if row.error:
         raise DataError(row.error)
     predictions = []
-    for name in session.states:
-        answers = answerer.answer(session, name)
+    for name in videos.states:
+        answers = answerer.answer(videos, name)
         for i, question in enumerate(questions):
             line = prediction(dataclasses.replace(row.example, question=question), answers[i])
-            predictions.append(line | usage(answerer, session, name, i))
+            predictions.append(line | usage(answerer, videos, name, i))
     return predictions
 
 
@@ -294,9 +294,9 @@ def reading(config: ConfigDict) -> dict:
     }
 
 
-def usage(answerer: Answerer, session: Session, name: str, row: int) -> dict:
+def usage(answerer: Answerer, videos: Reading, name: str, row: int) -> dict:
     """What an answer rests on: the policy, frames seen, tokens kept and seen in a layer."""
-    state = session.states[name]
+    state = videos.states[name]
     frames = int(state.frames_seen[row])
     tokens = answerer.models[name].config.vision.tokens_per_frame
     return {

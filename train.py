@@ -31,7 +31,7 @@ from adacm2_jax.distributed import (
 from adacm2_jax.errors import DataError, UserError
 from adacm2_jax.inference.encoder import describe_vision
 from adacm2_jax.inference.processor import LLM_DIR, Processor, train_tokenizers
-from adacm2_jax.models.params import abstract_params, fresh_params, merge_params, split_params
+from adacm2_jax.models.params import abstract_params, fresh_params, join_params, split_params
 from adacm2_jax.runs import app
 from adacm2_jax.runs.checkpoint import (
     Checkpoints,
@@ -257,7 +257,7 @@ def start(config, model_config: AdaCM2Config, abstract: dict, optimizer, mesh) -
             config.init_from, model_config, abstract, config.init_missing, config.seed
         )
     else:
-        params = merge_params(fresh_params(model_config, abstract, config.seed), {})
+        params = join_params(fresh_params(model_config, abstract, config.seed), {})
     return init_train_state(*split_params(params, config.optim.groups), optimizer, mesh)
 
 

@@ -125,7 +125,7 @@ def compiled_step(frames: int) -> dict:
     def step(params, features, state):
         valid = jnp.ones((1, 16), bool)
         question = Question(qformer_ids=ids, qformer_mask=mask, llm_ids=ids, llm_mask=mask)
-        return model.apply({"params": params}, features, valid, question, state, method="stream")
+        return model.apply({"params": params}, features, valid, question, state, method="read")
 
     compiled = jax.jit(step, donate_argnums=2).lower(params, features, state).compile()
     report = compiled.memory_analysis()

@@ -126,7 +126,7 @@ def answer(weights: pathlib.Path, frames: int, dtype: str) -> None:
     start = time.perf_counter()
     features = jnp.concatenate([encode(params, video[:, i : i + 1]) for i in range(frames)], 1)
     state = init_state(config, jnp.full((1,), frames, jnp.int32))
-    stream = jax.jit(lambda params, *args: call(model, params, "stream", *args))
+    stream = jax.jit(lambda params, *args: call(model, params, "read", *args))
     state = stream(params, features, np.ones((1, frames), bool), question, state)
     tokens = np.asarray(call(model, params, "visual_tokens", state), np.float32)
     seconds = time.perf_counter() - start

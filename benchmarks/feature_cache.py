@@ -21,7 +21,7 @@ import prepare
 import train
 from adacm2_jax.config import VisionConfig, tiny
 from adacm2_jax.inference.processor import train_tokenizers
-from adacm2_jax.models.params import abstract_params, fresh_params, merge_params, split_params
+from adacm2_jax.models.params import abstract_params, fresh_params, join_params, split_params
 from adacm2_jax.sharding import make_mesh, shard_batch
 from adacm2_jax.training.optim import make_optimizer
 from adacm2_jax.training.step import init_train_state, make_train_step
@@ -55,7 +55,7 @@ def make_run(config, directory: pathlib.Path, steps: int):
     processor = train_tokenizers(texts, model, directory / "tokenizers")
     dataset = train.make_dataset(config, model, source, train.make_load(config, model))
     batches = training_batches(dataset, batch_size=config.train.batch_size, seed=0)
-    params = merge_params(fresh_params(model, abstract_params(model, groups, mesh), 0), {})
+    params = join_params(fresh_params(model, abstract_params(model, groups, mesh), 0), {})
     learned, frozen = split_params(params, groups)
     optimizer, _ = make_optimizer(learned, steps=config.train.steps, **config.optim)
     state = init_train_state(learned, frozen, optimizer, mesh)

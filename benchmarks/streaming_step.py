@@ -88,13 +88,11 @@ class Benchmark:
         self.params = jax.tree.map(jnp.asarray, params)
         model = AdaCM2(self.config)
 
-        def stream(params, features, state):
+        def read(params, features, state):
             valid = jnp.ones(features.shape[:2], bool)
-            return model.apply(
-                {"params": params}, features, valid, question, state, method="stream"
-            )
+            return model.apply({"params": params}, features, valid, question, state, method="read")
 
-        self.stream = jax.jit(stream, donate_argnums=2)
+        self.read = jax.jit(read, donate_argnums=2)
         memory = self.config.memory
         ratios = [configs.as_fraction(r) for r in (memory.recent_ratio, memory.conserve_ratio)]
         counts = {}
@@ -114,12 +112,12 @@ class Benchmark:
         self.state = self.settle()
 
     def settle(self):
-        """Runs the stream until the memory has found its length."""
+        """Reads frames until the memory has found its length."""
         state = init_state(self.config, jnp.zeros((1,), jnp.int32))
         features = jnp.asarray(self.features)
         before = -1
         while before != (length := int(state.memory.length[0, 0])):
-            before, state = length, self.stream(self.params, features, state)
+            before, state = length, self.read(self.params, features, state)
         return jax.tree.map(np.asarray, state)
 
     @property
@@ -138,7 +136,7 @@ class Benchmark:
 
         def ours():
             nonlocal start
-            start = jax.block_until_ready(self.stream(self.params, features, start))
+            start = jax.block_until_ready(self.read(self.params, features, start))
             return start.queries
 
         @torch.inference_mode()

@@ -27,7 +27,7 @@ from adacm2_jax.config import (
     VisionConfig,
     from_dict,
 )
-from adacm2_jax.models.params import abstract_params, merge_params, split_params
+from adacm2_jax.models.params import abstract_params, join_params, split_params
 from adacm2_jax.runs.checkpoint import restore_params
 from adacm2_jax.sharding import make_mesh
 from configs.base import base_config
@@ -172,7 +172,7 @@ def learned_of(workdir) -> dict:
     abstract = abstract_params(
         from_dict(config.model.to_dict()), config.optim.groups, make_mesh((-1, 1))
     )
-    params = merge_params(restore_params(workdir, abstract), {})
+    params = join_params(restore_params(workdir, abstract), {})
     return {
         name: np.asarray(leaf) for name, leaf in split_params(params, ((".*", 1.0),))[0].items()
     }

@@ -38,7 +38,7 @@ class Answer:
 
 
 @dataclasses.dataclass
-class Session:
+class Reading:
     """Some videos being read, with what each policy makes of them.
 
     Attributes:
@@ -90,7 +90,7 @@ class Answerer:
 
     def start(
         self, questions: Sequence[str], total_frames: np.ndarray, seed: np.ndarray
-    ) -> Session:
+    ) -> Reading:
         """Empty memories for rows of questions.
 
         Args:
@@ -117,7 +117,7 @@ class Answerer:
         self._rng, rng = jax.random.split(self._rng)
         question = self._put(question, jax.tree.map(lambda _: ROWS, question))
         states = {name: self._put(state, state_specs(state)) for name, state in states.items()}
-        return Session(question, rng, states, dict.fromkeys(states, 0.0))
+        return Reading(question, rng, states, dict.fromkeys(states, 0.0))
 
     def _put(self, tree: Any, specs: Any) -> Any:
         """On the mesh: divided as ``specs`` say where the videos divide, else everywhere."""
@@ -131,11 +131,11 @@ class Answerer:
 
         return jax.device_put(tree, jax.tree.map(place, tree, specs))
 
-    def observe(self, session: Session, frames: np.ndarray, valid: np.ndarray) -> None:
+    def read(self, reading: Reading, frames: np.ndarray, valid: np.ndarray) -> None:
         """Reads a chunk into every policy's memory.
 
         Args:
-          session: changed in place.
+          reading: changed in place.
           frames: uint8[videos, F, height, width, 3]; F is the same at every call.
           valid: bool[videos, F].
         """
@@ -147,34 +147,34 @@ class Answerer:
         shared = time.perf_counter() - start
         for name, model in self.models.items():
             start = time.perf_counter()
-            state = session.states[name]
+            state = reading.states[name]
             with self._on_mesh():
-                state = read(model, self._params, features, valid, session.question, state)
+                state = read(model, self._params, features, valid, reading.question, state)
             # Labelled alike, whatever the compiler chose: one program serves every chunk.
-            session.states[name] = jax.block_until_ready(self._put(state, state_specs(state)))
-            session.seconds[name] += shared + time.perf_counter() - start
+            reading.states[name] = jax.block_until_ready(self._put(state, state_specs(state)))
+            reading.seconds[name] += shared + time.perf_counter() - start
 
     def _on_mesh(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
-    def answer(self, session: Session, name: str) -> list[list[Answer]]:
+    def answer(self, reading: Reading, name: str) -> list[list[Answer]]:
         """The answers under one policy: for each row the n best, best first.
 
         Raises:
           UserError: if the visual tokens are not finite (damaged weights, or an overflow).
         """
         start = time.perf_counter()
-        state = session.states[name]
+        state = reading.states[name]
         if not bool(jnp.isfinite(state.queries).all()):
             raise UserError(
                 "the visual tokens are not finite: the parameters hold NaN or overflow in "
                 f"{self.models[name].config.dtype}; check the checkpoint, or use dtype float32"
             )
-        model, options = self.models[name], (self._generation, session.rng)
+        model, options = self.models[name], (self._generation, reading.rng)
         with self._on_mesh():
-            generated = _generate(model, self._params, state, session.question, *options)
+            generated = _generate(model, self._params, state, reading.question, *options)
         ids, scores = to_host((generated.ids, generated.scores))
-        session.seconds[name] += time.perf_counter() - start
+        reading.seconds[name] += time.perf_counter() - start
         return [
             [
                 Answer(self._processor.decode(ids[row, best]), float(scores[row, best]))

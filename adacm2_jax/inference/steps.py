@@ -35,10 +35,10 @@ def read(
     question: Question,
     state: StreamState,
 ) -> StreamState:
-    """A chunk into the memory; see ``AdaCM2.stream``. The state is donated."""
+    """A chunk into the memory; see ``AdaCM2.read``. The state is donated."""
     specs = state_specs(state)
     run = on_every_shard(
-        lambda *arrays: call(model, arrays[0], "stream", *arrays[1:]),
+        lambda *arrays: call(model, arrays[0], "read", *arrays[1:]),
         len(valid),
         (PartitionSpec(), ROWS, ROWS, ROWS, specs),
         specs,

@@ -11,7 +11,7 @@ and one bank for every self-attention layer, of the hidden states that came into
 text rows, padding included. So a row also reads what stood there at earlier frames.
 
 Buffers have room for M + 1 frames: :func:`append` writes a frame to the first free place, the
-layers read what is :func:`live`, and :func:`merge` frees the last place again. Entries are float32
+layers read what is :func:`live`, and :func:`shrink` frees the last place again. Entries are float32
 whatever the model computes in: what one frame adds to the mean of many would drown in bfloat16.
 
 Gradients end in a bank: what it holds is a constant to the frames that follow. Unlike a token that
@@ -30,7 +30,7 @@ from flax import struct
 EPSILON = 1e-8
 
 
-class MergeBank(struct.PyTreeNode):
+class Bank(struct.PyTreeNode):
     """Up to M frames of R rows for B videos, and room for one more."""
 
     #: float32[…, B, M + 1, R, W]: oldest first; of no meaning from ``count`` on.
@@ -41,13 +41,13 @@ class MergeBank(struct.PyTreeNode):
     count: jax.Array
 
 
-class MergeMemory(struct.PyTreeNode):
+class BankMemory(struct.PyTreeNode):
     """All banks of a Q-Former."""
 
     #: its rows are the P visual tokens of a frame.
-    visual: MergeBank
+    visual: Bank
     #: leaves [L, G, B, …]; its rows are those of the joint sequence, queries first.
-    hidden: MergeBank
+    hidden: Bank
 
     @property
     def length(self) -> jax.Array:
@@ -55,16 +55,16 @@ class MergeMemory(struct.PyTreeNode):
         return self.visual.count * self.visual.sizes.shape[-1]
 
 
-def init_bank(lead: tuple[int, ...], frames: int, rows: int, width: int) -> MergeBank:
+def init_bank(lead: tuple[int, ...], frames: int, rows: int, width: int) -> Bank:
     """An empty bank of M = ``frames``; ``lead`` are the sizes of its axes up to B."""
-    return MergeBank(
+    return Bank(
         entries=jnp.zeros((*lead, frames + 1, rows, width), jnp.float32),
         sizes=jnp.zeros((*lead, frames + 1, rows), jnp.int32),
         count=jnp.zeros(lead, jnp.int32),
     )
 
 
-def append(bank: MergeBank, rows: jax.Array, valid: jax.Array) -> MergeBank:
+def append(bank: Bank, rows: jax.Array, valid: jax.Array) -> Bank:
     """Writes a frame behind those held, with sizes of 1.
 
     Args:
@@ -74,7 +74,7 @@ def append(bank: MergeBank, rows: jax.Array, valid: jax.Array) -> MergeBank:
     """
     place = jnp.arange(bank.sizes.shape[1])
     here = (place == bank.count[:, None]) & valid[:, None]
-    return MergeBank(
+    return Bank(
         entries=jnp.where(
             here[..., None, None], rows[:, None].astype(bank.entries.dtype), bank.entries
         ),
@@ -83,12 +83,12 @@ def append(bank: MergeBank, rows: jax.Array, valid: jax.Array) -> MergeBank:
     )
 
 
-def live(bank: MergeBank) -> jax.Array:
+def live(bank: Bank) -> jax.Array:
     """bool[B, M + 1]: which frames are held."""
     return jnp.arange(bank.sizes.shape[1]) < bank.count[:, None]
 
 
-def merge(bank: MergeBank) -> MergeBank:
+def shrink(bank: Bank) -> Bank:
     """Makes M frames of M + 1 and leaves a bank of fewer as it is; ends gradients.
 
     Every row position chooses its own pair, among equals the oldest.
@@ -111,7 +111,7 @@ def merge(bank: MergeBank) -> MergeBank:
         new = jnp.where(place < chosen, left, jnp.where(place == chosen, pair, right))
         return jnp.where(full, new, left)
 
-    return MergeBank(
+    return Bank(
         entries=bank.entries.at[:, :-1].set(close_up(left, mean, right)),
         sizes=bank.sizes.at[:, :-1].set(close_up(size, total, next_size)[..., 0]),
         count=jnp.minimum(bank.count, bank.sizes.shape[1] - 1),

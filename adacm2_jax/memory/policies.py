@@ -2,7 +2,7 @@
 
 After a frame, ``n`` tokens of a layer are live. Each policy keeps the newest ``recent[n]`` of them
 whole and, of the older ones, the ``older[n]`` that rank highest; all else is dropped. That one
-mechanism (``memory.retain``) serves them all:
+mechanism (``slots.retain``) serves them all:
 
 =========  =====================  ===============  =============================================
 policy     recent[n]              older[n]         ranked by
@@ -15,7 +15,7 @@ random     0                      as many          a random number drawn when th
 budget     ⌊ρ·capacity⌋           the rest         cross-attention; all stay while n ≤ capacity
 =========  =====================  ===============  =============================================
 
-The policy ``merge`` drops nothing, so it has no counts: it is in ``merge.py``.
+The policy ``merge`` drops nothing, so it has no counts: it is in ``banks.py``.
 
 ``recent``, ``uniform`` and ``random`` keep exactly as many tokens as ``adacm2`` with the same ρ and
 β, after every frame and in every layer, so that a comparison differs in *which* tokens alone.
@@ -86,7 +86,7 @@ def retention_plan(config: MemoryConfig, tokens_per_frame: int, num_layers: int)
       ValueError: for policy ``merge``.
     """
     if config.policy == "merge":
-        raise ValueError("policy 'merge' has no counts of tokens to plan: see merge.py")
+        raise ValueError("policy 'merge' has no counts of tokens to plan: see banks.py")
     if config.policy == "full":
         capacity = config.max_frames * tokens_per_frame
         recent = np.minimum(np.arange(capacity + tokens_per_frame + 1), capacity)

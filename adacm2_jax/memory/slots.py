@@ -6,7 +6,7 @@ This file is the method (AdaCM², arXiv 2411.12593, Sec. 3). For every frame, in
 2. :func:`attend` to everything that is live, the new frame included (attend first, prune after);
 3. :func:`retain` the newest tokens and those older ones that the queries attended to most.
 
-:func:`observe` joins the three, :func:`observe_frames` scans it over the frames of a chunk.
+:func:`read_frame` joins the three, :func:`read_frames` scans it over the frames of a chunk.
 
 Keys and values are written once and never moved. A memory of capacity C for frames of P tokens has
 ``S = C + P`` slots, and one small permutation, ``slots``, says where each token is: its first
@@ -188,7 +188,7 @@ def retain(
     )
 
 
-def observe(
+def read_frame(
     memory: VideoMemory,
     retention: Retention,
     query: jax.Array,
@@ -240,7 +240,7 @@ def observe(
     return output, retain(memory, count, retention, valid)
 
 
-def observe_frames(
+def read_frames(
     memory: VideoMemory,
     retention: Retention,
     query: jax.Array,
@@ -254,16 +254,16 @@ def observe_frames(
     score_output_rows: bool = True,
     dropout=None,
 ) -> tuple[jax.Array, VideoMemory]:
-    """:func:`observe` for the frames of a chunk, one after the other, by ``lax.scan``.
+    """:func:`read_frame` for the frames of a chunk, one after the other, by ``lax.scan``.
 
-    The arguments are those of :func:`observe` with a leading frame axis F on ``query``, ``key``,
+    The arguments are those of :func:`read_frame` with a leading frame axis F on ``query``, ``key``,
     ``value``, ``frame``, ``valid`` and ``score_query``; ``dropout`` also takes the frame's place in
     the chunk. Returns the attended values [F, B, H, N, D] and the memory after the last frame.
     """
 
     def step(memory, inputs):
         index, query, key, value, frame, valid, score_query = inputs
-        output, memory = observe(
+        output, memory = read_frame(
             memory,
             retention,
             query,
@@ -285,7 +285,7 @@ def observe_frames(
     return output, memory
 
 
-def absorb_frames(
+def store_frames(
     memory: VideoMemory,
     retention: Retention,
     key: jax.Array,
@@ -293,13 +293,13 @@ def absorb_frames(
     frame: jax.Array,
     valid: jax.Array,
 ) -> VideoMemory:
-    """:func:`observe_frames` where nobody wants the output and the policy reads no attention.
+    """:func:`read_frames` where nobody wants the output and the policy reads no attention.
 
     Leaves the same tokens in the memory, without a query. The arguments are those of
-    :func:`observe_frames`; raises ``ValueError`` if ``retention.reads_attention``.
+    :func:`read_frames`; raises ``ValueError`` if ``retention.reads_attention``.
     """
     if retention.reads_attention:
-        raise ValueError("this policy keeps tokens by attention: frames must be observed")
+        raise ValueError("this policy keeps tokens by attention: queries must read its frames")
 
     def step(memory, inputs):
         memory, count = _arrive(memory, retention, *inputs)

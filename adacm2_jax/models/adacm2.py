@@ -4,7 +4,7 @@ The walk, for B videos of any length::
 
     frames uint8[B, F, H, W, 3]      a chunk of F frames
       │ encode_frames                ViT                                      [B, F, P, V]
-      │ stream                       LayerNorm + temporal embedding, keys and values,
+      │ read                         LayerNorm + temporal embedding, keys and values,
       │                              Q-Former and memory, frame by frame      StreamState
       ▼ … the next chunk, the same compiled step …
     state.queries [B, N, E]          what the last frame left of the queries
@@ -25,13 +25,13 @@ from flax import struct
 from jax.sharding import PartitionSpec
 
 from adacm2_jax.config import AdaCM2Config
-from adacm2_jax.memory.banks import MergeMemory, init_bank
+from adacm2_jax.memory.banks import BankMemory, init_bank
 from adacm2_jax.memory.policies import STRIDE, RetentionPlan, retention_plan
 from adacm2_jax.memory.slots import Retention, VideoMemory, init_memory
+from adacm2_jax.models.bank_qformer import BankQFormer
 from adacm2_jax.models.layers import ZEROS, Dense, LayerNorm, param, wide
 from adacm2_jax.models.llama import KVCache, Llama, init_cache
-from adacm2_jax.models.merging import MergingQFormer
-from adacm2_jax.models.qformer import Frames, QFormer, absorb
+from adacm2_jax.models.qformer import Frames, QFormer, store
 from adacm2_jax.models.vit import VisionTransformer
 from adacm2_jax.sharding import over_model
 
@@ -44,7 +44,7 @@ class StreamState(struct.PyTreeNode):
     """What is known of B videos (each with its question) after the frames seen so far."""
 
     #: leaves [L, B, …]: the memory of every cross-attention layer; under policy merge the banks.
-    memory: VideoMemory | MergeMemory
+    memory: VideoMemory | BankMemory
     #: [B, N, E]: the query rows after the last valid frame (zeros before the first).
     queries: jax.Array
     #: int32[B]: valid frames seen.
@@ -113,11 +113,11 @@ def _empty_slots(config: AdaCM2Config, batch: int) -> VideoMemory:
     )
 
 
-def _empty_banks(config: AdaCM2Config, batch: int) -> MergeMemory:
+def _empty_banks(config: AdaCM2Config, batch: int) -> BankMemory:
     q, vision, frames = config.qformer, config.vision, config.memory.bank_frames
     layers = (q.num_cross_layers, q.cross_attention_every)
     rows = q.num_queries + config.max_text_len
-    return MergeMemory(
+    return BankMemory(
         visual=init_bank((batch,), frames, vision.tokens_per_frame, vision.width),
         hidden=init_bank((*layers, batch), frames, rows, q.width),
     )
@@ -135,8 +135,8 @@ def state_specs(state: StreamState) -> Any:
     rows: Any = PartitionSpec("data")
     layers = PartitionSpec(None, "data")
     memory: Any = jax.tree.map(lambda _: layers, state.memory)
-    if isinstance(state.memory, MergeMemory):
-        memory = MergeMemory(
+    if isinstance(state.memory, BankMemory):
+        memory = BankMemory(
             visual=jax.tree.map(lambda _: rows, state.memory.visual),
             hidden=jax.tree.map(lambda _: PartitionSpec(None, None, "data"), state.memory.hidden),
         )
@@ -171,7 +171,7 @@ class AdaCM2(nn.Module):
         )
         # Both have the same parameters: a checkpoint works with every policy.
         if c.memory.policy == "merge":
-            self.qformer: Any = MergingQFormer(c.qformer, c.vision.width, c.remat)
+            self.qformer: Any = BankQFormer(c.qformer, c.vision.width, c.remat)
         else:
             self.qformer = QFormer(c.qformer, c.vision.width, c.memory.score_rows, c.remat)
         self.language_projection = Dense((c.qformer.width, c.llm.width), ("embed", "llm_embed"))
@@ -194,7 +194,7 @@ class AdaCM2(nn.Module):
         features = over_model(encode)(images)
         return features.reshape(frames.shape[:2] + features.shape[1:])
 
-    def stream(
+    def read(
         self,
         features: jax.Array,
         valid: jax.Array,
@@ -233,13 +233,13 @@ class AdaCM2(nn.Module):
                 # The frames before the last one matter by their tokens alone: no query reads them.
                 if valid.shape[1] > 1:
                     before = frames.valid & (jnp.arange(valid.shape[1])[:, None] != last)
-                    memory = absorb(memory, retention, frames.replace(valid=before))
+                    memory = store(memory, retention, frames.replace(valid=before))
                 newest = frames.only(last)
                 last = jnp.zeros_like(last)
             queries, after = self.qformer(*text, newest, memory, retention, deterministic)
             # A large memory (of policy full) is changed where it lies, the Q-Former's copy dropped.
             reads = retention.reads_attention
-            memory = after if reads else absorb(memory, retention, newest)
+            memory = after if reads else store(memory, retention, newest)
             newest = jnp.take_along_axis(queries, last[:, None, None, None], axis=1)[:, 0]
         return state.replace(
             memory=memory,
@@ -327,7 +327,7 @@ class AdaCM2(nn.Module):
         """Touches every parameter, for ``init``: a clip to the first token's logits."""
         valid = jnp.ones(frames.shape[:2], bool)
         state = init_state(self.config, jnp.full((frames.shape[0],), frames.shape[1], jnp.int32))
-        state = self.stream(self.encode_frames(frames), valid, question, state)
+        state = self.read(self.encode_frames(frames), valid, question, state)
         length = self.config.qformer.num_queries + question.llm_ids.shape[1]
         return self.prefill(state, question, length)[0]
 

@@ -51,7 +51,7 @@ def split_params(params, groups: Sequence[Group]) -> tuple[dict, dict]:
     return learned, {path: leaf for path, leaf in flat.items() if path not in learned}
 
 
-def merge_params(learned: dict, frozen: dict) -> dict:
+def join_params(learned: dict, frozen: dict) -> dict:
     """The parameter tree again."""
     return traverse_util.unflatten_dict({**learned, **frozen}, sep="/")
 

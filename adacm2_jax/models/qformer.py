@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from adacm2_jax.config import QFormerConfig
-from adacm2_jax.memory.slots import Retention, VideoMemory, absorb_frames, observe_frames
+from adacm2_jax.memory.slots import Retention, VideoMemory, read_frames, store_frames
 from adacm2_jax.models.layers import (
     ZEROS,
     Dense,
@@ -57,14 +57,14 @@ class Frames(struct.PyTreeNode):
         )
 
 
-def absorb(memory: VideoMemory, retention: Retention, frames: Frames) -> VideoMemory:
-    """Reads a chunk into the memory of all layers without a query; see ``memory.absorb_frames``."""
+def store(memory: VideoMemory, retention: Retention, frames: Frames) -> VideoMemory:
+    """Reads a chunk into the memory of all layers without a query; see ``slots.store_frames``."""
 
     def layer(memory, inputs):
         place, retention, key, value = inputs
         take, put = jax.lax.dynamic_index_in_dim, jax.lax.dynamic_update_index_in_dim
         own = jax.tree.map(lambda leaf: take(leaf, place, keepdims=False), memory)
-        own = absorb_frames(own, retention, key, value, frames.index, frames.valid)
+        own = store_frames(own, retention, key, value, frames.index, frames.valid)
         return jax.tree.map(lambda leaf, new: put(leaf, new, place, 0), memory, own), None
 
     # Carried and not mapped: a loop's carry is changed where it lies.
@@ -189,7 +189,7 @@ class CrossAttention(nn.Module):
                 return jnp.where(kept, probs / (1 - rate), 0)
 
         with_text = self.score_rows != "query"
-        attended, memory = observe_frames(
+        attended, memory = read_frames(
             memory,
             retention,
             project(queries).transpose(1, 0, 3, 2, 4),

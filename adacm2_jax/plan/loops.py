@@ -27,7 +27,7 @@ def loop_name(loop: Loop, program: Program) -> str:
         if part in own:
             return name + (" (backward)" if "transpose(" in path else "")
     inside = [other for other in program.loops if loop in other.parents]
-    if any("AdaCM2.stream" in other.op_name for other in inside) and "shard_map" in own:
+    if any("AdaCM2.read" in other.op_name for other in inside) and "shard_map" in own:
         return "chunks of frames"
     if any("llm" in other.op_name for other in inside):
         return "answer tokens" if "train_step" not in path else "parts of the batch"

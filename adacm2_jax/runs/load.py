@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from flax import traverse_util
 
 from adacm2_jax.config import AdaCM2Config, to_dict
-from adacm2_jax.models.params import fresh_params, merge_params
+from adacm2_jax.models.params import fresh_params, join_params
 from adacm2_jax.runs.checkpoint import (
     check_same,
     find_base,
@@ -53,7 +53,7 @@ def start_params(
     if absent:
         print(f"not in {source}, starts fresh: {', '.join(absent)}", flush=True)
         found |= fresh_params(config, abstract, seed, absent)
-    return merge_params(found, {})
+    return join_params(found, {})
 
 
 def resume_frozen(
@@ -132,4 +132,4 @@ def vision_params(
     absent = [path for path in wanted if path not in found]
     if absent:
         found |= fresh_params(config, abstract, seed, absent)
-    return merge_params(found, {})
+    return join_params(found, {})

@@ -16,10 +16,10 @@ from jax.sharding import Mesh
 from adacm2_jax.config import AdaCM2Config
 from adacm2_jax.errors import UserError
 from adacm2_jax.models.adacm2 import AdaCM2, Question, call, init_state
-from adacm2_jax.models.params import merge_params
+from adacm2_jax.models.params import join_params
 from adacm2_jax.sharding import replicated
 from adacm2_jax.training.optim import gradient_norms
-from adacm2_jax.training.two_phase import last_step, watch
+from adacm2_jax.training.two_phase import read_all_but_last, read_last
 
 
 class TrainState(struct.PyTreeNode):
@@ -37,7 +37,7 @@ class TrainState(struct.PyTreeNode):
     @property
     def params(self) -> dict:
         """The whole parameter tree."""
-        return merge_params(self.learned, self.frozen)
+        return join_params(self.learned, self.frozen)
 
 
 def init_train_state(
@@ -120,11 +120,11 @@ class StepConfig:
                 raise UserError(f"train.{name} = {getattr(self, name)} must be at least 1")
 
 
-def check_step(how: StepConfig, learned: Collection[str], num_frames: int) -> None:
+def check_step(options: StepConfig, learned: Collection[str], num_frames: int) -> None:
     """Refuses what would not have the exact gradient.
 
     Args:
-      how: the step is computed.
+      options: of the step.
       learned: paths of the parameters that learn.
       num_frames: T, of a clip.
 
@@ -132,7 +132,7 @@ def check_step(how: StepConfig, learned: Collection[str], num_frames: int) -> No
       UserError: for ``two_phase`` where the ViT learns and a clip has more than one frame.
     """
     trained = sorted(path for path in learned if path.startswith("vision/"))
-    if trained and num_frames > 1 and how.gradient == "two_phase":
+    if trained and num_frames > 1 and options.gradient == "two_phase":
         raise UserError(
             f"train.gradient = 'two_phase' needs a frozen ViT, but {trained[0]} learns on clips of "
             f"{num_frames} frames: features of earlier frames would be constants. Freeze vision/.* "
@@ -189,7 +189,7 @@ def loss_fn(
     batch: Batch,
     config: AdaCM2Config,
     rng: jax.Array,
-    how: StepConfig,
+    options: StepConfig,
     count: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The walk of one batch, from pixels to the loss; float32 scalars: loss and token accuracy.
@@ -199,23 +199,23 @@ def loss_fn(
       batch: clips and questions.
       config: the model.
       rng: for dropout.
-      how: the gradient is computed.
+      options: of the step.
       count: what sums over target tokens are divided by; by default their number.
 
     Raises:
       UserError: where the gradient would not be exact, see :func:`check_step`.
     """
-    check_step(how, learned, batch.valid.shape[1])
-    model, params = AdaCM2(config), merge_params(learned, frozen)
+    check_step(options, learned, batch.valid.shape[1])
+    model, params = AdaCM2(config), join_params(learned, frozen)
     state = init_state(config, batch.valid.sum(1), batch.seed)
-    options = dict(deterministic=False, rngs={"dropout": rng})
+    dropout = dict(deterministic=False, rngs={"dropout": rng})
     clip = batch.frames, batch.valid, batch.question, state
-    if how.gradient == "scan" or batch.valid.shape[1] == 1:
+    if options.gradient == "scan" or batch.valid.shape[1] == 1:
         features = call(model, params, "encode_frames", batch.frames)
-        state = call(model, params, "stream", features, *clip[1:], **options)
+        state = call(model, params, "read", features, *clip[1:], **dropout)
     else:
-        watched = watch(model, params, *clip, how.chunk)
-        state = last_step(model, params, watched, batch.valid, batch.question, **options)
+        before_last = read_all_but_last(model, params, *clip, options.chunk)
+        state = read_last(model, params, before_last, batch.valid, batch.question, **dropout)
     return call(model, params, "answer_loss", state, batch.question, batch.targets, count)
 
 
@@ -225,9 +225,9 @@ def loss_and_gradients(
     batch: Batch,
     config: AdaCM2Config,
     rng: jax.Array,
-    how: StepConfig,
+    options: StepConfig,
 ) -> tuple[jax.Array, jax.Array, dict]:
-    """:func:`loss_fn` with the gradients of ``learned``, over ``how.accumulate`` parts.
+    """:func:`loss_fn` with the gradients of ``learned``, over ``options.accumulate`` parts.
 
     Losses and gradients are sums over all target tokens of the batch divided by their number, as
     if it were one part; each part has a dropout mask of its own.
@@ -237,13 +237,17 @@ def loss_and_gradients(
 
     def part(i: jax.Array | int, rows: Batch) -> tuple[jax.Array, jax.Array, dict]:
         own = jax.random.fold_in(rng, i)
-        (loss, accuracy), gradients = differentiate(learned, frozen, rows, config, own, how, count)
+        (loss, accuracy), gradients = differentiate(
+            learned, frozen, rows, config, own, options, count
+        )
         return loss, accuracy, gradients
 
-    if how.accumulate == 1:
+    if options.accumulate == 1:
         return part(0, batch)
     # Every n-th row, so that all devices take part in every part without moving a row.
-    parts = jax.tree.map(lambda leaf: leaf.reshape((-1, how.accumulate) + leaf.shape[1:]), batch)
+    parts = jax.tree.map(
+        lambda leaf: leaf.reshape((-1, options.accumulate) + leaf.shape[1:]), batch
+    )
 
     def add(total, i):
         rows = jax.tree.map(
@@ -252,7 +256,7 @@ def loss_and_gradients(
         return jax.tree.map(jnp.add, total, part(i, rows)), None
 
     zeros = jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, learned)
-    return jax.lax.scan(add, zeros, jnp.arange(how.accumulate))[0]
+    return jax.lax.scan(add, zeros, jnp.arange(options.accumulate))[0]
 
 
 def make_train_step(
@@ -260,7 +264,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     seed: int,
     state: TrainState,
-    how: StepConfig,
+    options: StepConfig,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
     """Compiles the step; its state is donated, and the next one lies where ``state`` does.
 
@@ -269,7 +273,7 @@ def make_train_step(
       optimizer: of ``optim.make_optimizer``.
       seed: of dropout.
       state: or its shapes, with shardings.
-      how: it is computed; see :func:`check_step`.
+      options: of the step; see :func:`check_step`.
 
     The metrics hold ``loss``, ``token_accuracy``, ``grad_norm`` and the norm of every part's
     gradient (``grad_norm/qformer`` …). Where the loss or a gradient is not finite the state stays
@@ -282,7 +286,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         loss, accuracy, gradients = loss_and_gradients(
-            state.learned, state.frozen, batch, config, rng, how
+            state.learned, state.frozen, batch, config, rng, options
         )
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.learned)
         metrics = {

@@ -17,7 +17,7 @@ from adacm2_jax.config import from_dict
 from adacm2_jax.errors import UserError
 from adacm2_jax.inference.encoder import fingerprint
 from adacm2_jax.models.adacm2 import Question
-from adacm2_jax.models.params import abstract_params, merge_params, param_shapes
+from adacm2_jax.models.params import abstract_params, join_params, param_shapes
 from adacm2_jax.models.vit import VisionTransformer
 from adacm2_jax.runs.checkpoint import restore_params
 from adacm2_jax.runs.load import vision_params
@@ -137,7 +137,7 @@ def test_the_vit_is_that_of_a_run(small_run):
     config = get_config()
     model = from_dict(config.model.to_dict())
     abstract = abstract_params(model, config.optim.groups, make_mesh())
-    whole = merge_params(restore_params(small_run, abstract), {})
+    whole = join_params(restore_params(small_run, abstract), {})
     alone = vision_params(small_run, model, abstract, (), 0)
     assert alone.keys() == {"vision"}
     assert fingerprint(alone) == fingerprint({"vision": whole["vision"]})

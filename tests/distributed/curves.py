@@ -18,7 +18,7 @@ import numpy as np
 from adacm2_jax import distributed
 from adacm2_jax.config import AdaCM2Config
 from adacm2_jax.models.adacm2 import Question
-from adacm2_jax.models.params import abstract_params, fresh_params, merge_params, split_params
+from adacm2_jax.models.params import abstract_params, fresh_params, join_params, split_params
 from adacm2_jax.runs.checkpoint import Checkpoints, restore_params
 from adacm2_jax.sharding import data_share, make_mesh, shard_batch
 from adacm2_jax.training.optim import make_optimizer
@@ -91,7 +91,7 @@ def train(
         mesh = jax.sharding.Mesh(halves, mesh.axis_names, axis_types=mesh.axis_types)
     distributed.connect(mesh)
     abstract = abstract_params(model_config(), GROUPS, mesh)
-    learned, frozen = split_params(merge_params(restore_params(start, abstract), {}), GROUPS)
+    learned, frozen = split_params(join_params(restore_params(start, abstract), {}), GROUPS)
     if ulp:
         signs = np.random.default_rng(0).choice([-1, 1], len(learned))
         changed = zip(learned.items(), signs, strict=True)
@@ -134,7 +134,7 @@ def make_start(directory: str) -> None:
     """A run that holds fresh parameters, made on one device."""
     mesh = make_mesh((1, 1), jax.devices()[:1])
     abstract = abstract_params(model_config(), GROUPS, mesh)
-    params = merge_params(fresh_params(model_config(), abstract, 0), {})
+    params = join_params(fresh_params(model_config(), abstract, 0), {})
     save_run(directory, make_state(*split_params(params, GROUPS), mesh)[0], 0)
 
 

@@ -11,7 +11,7 @@ from adacm2_jax.inference import steps as streaming
 from adacm2_jax.inference.answerer import Answerer
 from adacm2_jax.inference.generate import GenerationConfig
 from adacm2_jax.inference.processor import train_tokenizers
-from adacm2_jax.models.params import abstract_params, fresh_params, merge_params
+from adacm2_jax.models.params import abstract_params, fresh_params, join_params
 from adacm2_jax.sharding import make_mesh
 from tests.small import QUESTION, quick_compilation, small_model
 
@@ -33,7 +33,7 @@ def quick(compiled_once):
 @pytest.fixture(scope="module")
 def params():
     abstract = abstract_params(CONFIG, ((".*", 1.0),), make_mesh())
-    return merge_params(fresh_params(CONFIG, abstract, 1), {})
+    return join_params(fresh_params(CONFIG, abstract, 1), {})
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +59,15 @@ def read(answerer, questions, video, chunk=3, totals=None):
     """Answers about videos uint8[videos, T, …], fed in chunks, by policy."""
     count = video.shape[1]
     totals = np.full(len(questions), count) if totals is None else totals
-    session = answerer.start(questions, totals, np.arange(len(questions), dtype=np.uint32))
+    reading = answerer.start(questions, totals, np.arange(len(questions), dtype=np.uint32))
     for begin in range(0, count, chunk):
         part = video[:, begin : begin + chunk]
         valid = np.zeros((len(video), chunk), bool)
         valid[:, : part.shape[1]] = True
         padded = np.zeros((len(video), chunk, *video.shape[2:]), np.uint8)
         padded[:, : part.shape[1]] = part
-        answerer.observe(session, padded, valid)
-    return {name: answerer.answer(session, name) for name in session.states}
+        answerer.read(reading, padded, valid)
+    return {name: answerer.answer(reading, name) for name in reading.states}
 
 
 def test_chunks_do_not_matter(make):
@@ -110,11 +110,11 @@ def test_the_n_best_come_best_first(make):
 
 def test_policies_keep_what_they_promise(make):
     answerer = make()
-    session = answerer.start([QUESTION], np.array([6]), np.zeros(1, np.uint32))
-    answerer.observe(session, frames(1, 6), np.ones((1, 6), bool))
-    kept = {name: int(state.memory.length.max()) for name, state in session.states.items()}
+    reading = answerer.start([QUESTION], np.array([6]), np.zeros(1, np.uint32))
+    answerer.read(reading, frames(1, 6), np.ones((1, 6), bool))
+    kept = {name: int(state.memory.length.max()) for name, state in reading.states.items()}
     assert kept["full"] == 30 and kept["merge"] == 10 and kept["adacm2"] == kept["random"] <= 9
-    assert set(session.seconds) == set(MEMORIES) and min(session.seconds.values()) > 0
+    assert set(reading.seconds) == set(MEMORIES) and min(reading.seconds.values()) > 0
 
 
 def test_a_chunk_is_compiled_once_for_any_length_of_video(make):
@@ -145,7 +145,7 @@ def test_parameters_that_hold_nan_are_an_error_not_an_answer(params, processor):
     broken = jax.tree.map(lambda leaf: leaf * np.nan, params)
     memories = {"adacm2": CONFIG.memory}
     answerer = Answerer(CONFIG, broken, processor, memories, GenerationConfig(max_new_tokens=3))
-    session = answerer.start([QUESTION], np.array([3]), np.zeros(1, np.uint32))
-    answerer.observe(session, frames(1, 3), np.ones((1, 3), bool))
+    reading = answerer.start([QUESTION], np.array([3]), np.zeros(1, np.uint32))
+    answerer.read(reading, frames(1, 3), np.ones((1, 3), bool))
     with pytest.raises(UserError, match=r"not finite.*check the checkpoint"):
-        answerer.answer(session, "adacm2")
+        answerer.answer(reading, "adacm2")

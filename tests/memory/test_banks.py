@@ -16,7 +16,7 @@ from hypothesis import assume, given, settings
 
 from adacm2_jax.config import MemoryConfig, QFormerConfig
 from adacm2_jax.errors import UserError
-from adacm2_jax.memory.banks import append, init_bank, live, merge
+from adacm2_jax.memory.banks import append, init_bank, live, shrink
 from adacm2_jax.models.adacm2 import (
     AdaCM2,
     Question,
@@ -42,7 +42,7 @@ def quick():
 
 @jax.jit
 def remember(bank, rows, valid):
-    return merge(append(bank, rows, valid))
+    return shrink(append(bank, rows, valid))
 
 
 def merge_lists(vectors: list, sizes: list) -> tuple[list, list, float]:
@@ -179,7 +179,7 @@ def step_of(config):
     def step(params, features, valid, question, state):
         TRACES.append((config, features.shape, question.qformer_ids.shape))
         return AdaCM2(config).apply(
-            {"params": params}, features, valid, question, state, method="stream"
+            {"params": params}, features, valid, question, state, method="read"
         )
 
     return step
@@ -290,7 +290,7 @@ def test_the_gradient_is_that_of_the_last_frame_with_constant_banks(params, feat
     @jax.jit
     @jax.grad
     def gradient(params, features, valid, state):
-        apply = functools.partial(AdaCM2(CONFIG).apply, method="stream")
+        apply = functools.partial(AdaCM2(CONFIG).apply, method="read")
         state = apply({"params": params}, features, valid, ask(3), state)
         return (state.queries * upstream).sum()
 
@@ -322,7 +322,7 @@ def test_dropout_acts_and_is_given_by_its_key(params, features):
         rngs = {"dropout": jax.random.key(seed)}
         arguments = features[:, :2], valid, ask(3), start(config), False
         apply = AdaCM2(config).apply
-        return apply({"params": params}, *arguments, method="stream", rngs=rngs).queries
+        return apply({"params": params}, *arguments, method="read", rngs=rngs).queries
 
     found = [step(seed) for seed in (1, 1, 2)]
     assert np.array_equal(found[0], found[1]) and not np.allclose(found[0], found[2])

@@ -20,11 +20,11 @@ from adacm2_jax.memory.policies import (
     retention_counts,
     retention_plan,
 )
-from adacm2_jax.memory.slots import Retention, init_memory, observe
+from adacm2_jax.memory.slots import Retention, init_memory, read_frame
 from adacm2_jax.models.adacm2 import init_state, plan_for
 from tests.oracle import kept_counts, radical_inverse
 
-STEP = jax.jit(observe)
+STEP = jax.jit(read_frame)
 RATIOED = ("adacm2", "recent", "uniform", "random")
 ratios = st.fractions(0, 1, max_denominator=1000)
 

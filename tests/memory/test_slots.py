@@ -16,16 +16,16 @@ from adacm2_jax.memory.slots import (
     VideoMemory,
     in_time_order,
     init_memory,
-    observe,
-    observe_frames,
+    read_frame,
+    read_frames,
 )
 from tests.oracle import RaggedMemory, Step
 
 BATCH, HEADS, QUERIES, TEXT, SIZE = 2, 2, 3, 2, 4
 #: Capacity of the compiled steps that serve many ratios; their counts are data.
 ROOM = 24
-STEP = jax.jit(observe, static_argnames="score_output_rows")
-SCAN = jax.jit(observe_frames, static_argnames="score_output_rows")
+STEP = jax.jit(read_frame, static_argnames="score_output_rows")
+SCAN = jax.jit(read_frames, static_argnames="score_output_rows")
 DRAW = jax.jit(arrival_rank, static_argnums=(0, 2))
 #: Tokens a frame, the policies that share a compiled step, and the rows that score.
 VARIANTS = [
@@ -332,8 +332,8 @@ def test_dropout_reaches_the_output_and_never_the_memory():
     config = MemoryConfig(recent_ratio="0.2", conserve_ratio="0.3")
     memory, (retention, _) = prepare(config, 5, clip)
     inputs = (clip.query, clip.key, clip.value, clip.index, clip.valid)
-    plain, kept = observe_frames(memory, retention, *inputs)
-    dropped, same = observe_frames(
+    plain, kept = read_frames(memory, retention, *inputs)
+    dropped, same = read_frames(
         memory, retention, *inputs, dropout=lambda probs, frame: jnp.where(frame == 2, 0, probs)
     )
     assert not np.asarray(dropped[2]).any()
@@ -348,7 +348,7 @@ def test_one_trace_serves_every_length_and_float32_can_nearly_always_tell_two_sc
     @jax.jit
     def step(memory, retention, *inputs):
         traces.append(1)
-        return observe(memory, retention, *inputs)
+        return read_frame(memory, retention, *inputs)
 
     config = MemoryConfig(recent_ratio="0.2", conserve_ratio="0.3")
     near_ties = 0

@@ -48,12 +48,12 @@ def make_question(words=WORDS, seed=1, masked=0):
     return Question(ids, mask, ids, mask)
 
 
-def stream(config):
+def reader(config):
     model = AdaCM2(config)
 
     @jax.jit
     def step(params, features, valid, question, state):
-        return model.apply({"params": params}, features, valid, question, state, method="stream")
+        return model.apply({"params": params}, features, valid, question, state, method="read")
 
     return step
 
@@ -80,7 +80,7 @@ class World:
 @pytest.fixture(scope="module")
 def world():
     features = np.random.default_rng(12).normal(size=(BATCH, FRAMES, TOKENS, WIDTH))
-    return World(random_params(CONFIG), stream(CONFIG), features.astype(np.float32))
+    return World(random_params(CONFIG), reader(CONFIG), features.astype(np.float32))
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +225,7 @@ def test_text_rows_may_score_and_be_absent(world, rows):
     for words in (0, WORDS):
         question = make_question(words)
         after = jax.eval_shape(
-            stream(config), world.params, world.features[:, :1], valid, question, state
+            reader(config), world.params, world.features[:, :1], valid, question, state
         )
         assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
 

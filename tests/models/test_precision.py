@@ -44,7 +44,7 @@ def inputs(config, method: str) -> tuple:
     state = init_state(config, jnp.full(ROWS, FRAMES))
     return {
         "encode_frames": (frames,),
-        "stream": (features, np.ones((ROWS, FRAMES), bool), question(), state),
+        "read": (features, np.ones((ROWS, FRAMES), bool), question(), state),
         "visual_tokens": (state,),
         "answer_loss": (state, question(), np.ones((ROWS, WORDS), bool)),
         "prefill": (state, question(), config.qformer.num_queries + WORDS),
@@ -79,7 +79,7 @@ def factors(jaxpr) -> set[str]:
 
 
 @pytest.mark.parametrize("half", HALVES)
-@pytest.mark.parametrize("method", ["encode_frames", "stream", "answer_loss", "prefill"])
+@pytest.mark.parametrize("method", ["encode_frames", "read", "answer_loss", "prefill"])
 def test_a_half_precision_model_multiplies_in_half_precision(half, method):
     config = dataclasses.replace(BASE, dtype=half)
     jaxpr, _ = trace(config, method)
@@ -104,7 +104,7 @@ def test_features_are_as_precise_as_what_reads_them():
 
 @pytest.mark.parametrize("half", HALVES)
 def test_the_qformer_is_an_island_where_it_is_asked_for(half):
-    jaxpr, state = trace(as_lavis(half), "stream")
+    jaxpr, state = trace(as_lavis(half), "read")
     assert factors(jaxpr.jaxpr) == {"float32"}
     kept = state.memory.key, state.memory.value, state.queries
     assert {leaf.dtype.name for leaf in kept} == {"float32"}
@@ -119,7 +119,7 @@ def test_the_qformer_is_an_island_where_it_is_asked_for(half):
 
 @pytest.mark.parametrize("half", HALVES)
 def test_without_the_island_memory_and_queries_are_half(half):
-    _, state = trace(dataclasses.replace(BASE, dtype=half), "stream")
+    _, state = trace(dataclasses.replace(BASE, dtype=half), "read")
     kept = state.memory.key, state.memory.value, state.queries
     assert {leaf.dtype.name for leaf in kept} == {half}
     assert state.memory.score.dtype == jnp.float32
@@ -128,8 +128,8 @@ def test_without_the_island_memory_and_queries_are_half(half):
 @pytest.mark.parametrize("half", HALVES)
 def test_what_the_island_computes_is_the_program_of_float32(half):
     def program(config) -> str:
-        stream = jax.jit(functools.partial(AdaCM2(config).apply, method="stream"))
-        return stream.lower({"params": params()}, *inputs(config, "stream")).as_text()
+        read = jax.jit(functools.partial(AdaCM2(config).apply, method="read"))
+        return read.lower({"params": params()}, *inputs(config, "read")).as_text()
 
     assert program(as_lavis(half)) == program(BASE)
 

@@ -56,7 +56,7 @@ def ours(config, params) -> dict[str, np.ndarray]:
         features = call(model, params, "encode_frames", frames)
         state = init_state(config, jnp.ones(len(frames), jnp.int32))
         valid = jnp.ones(frames.shape[:2], bool)
-        state = call(model, params, "stream", features, valid, question, state)
+        state = call(model, params, "read", features, valid, question, state)
         visual = call(model, params, "visual_tokens", state)
         length = visual.shape[1] + question.llm_ids.shape[1]
         logits, _ = call(model, params, "prefill", state, question, length)

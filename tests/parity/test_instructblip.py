@@ -55,7 +55,7 @@ def random_question(config: AdaCM2Config, prompt_width: int = 7) -> Question:
     )
 
 
-def watch(config, params, frames, question):
+def read(config, params, frames, question):
     """The state after the frames of a fresh video, one compiled step a frame."""
     model = AdaCM2(config)
 
@@ -63,7 +63,7 @@ def watch(config, params, frames, question):
     def step(params, frame, state):
         features = model.apply({"params": params}, frame, method="encode_frames")
         valid = jnp.ones(frame.shape[:2], bool)
-        return model.apply({"params": params}, features, valid, question, state, method="stream")
+        return model.apply({"params": params}, features, valid, question, state, method="read")
 
     states = [init_state(config, jnp.full((len(frames),), frames.shape[1]))]
     for t in range(frames.shape[1]):
@@ -74,7 +74,7 @@ def watch(config, params, frames, question):
 @pytest.fixture(scope="module")
 def state(params):
     """After the one frame of two videos."""
-    return watch(CONFIG, params, random_frames(CONFIG, 2, 1), random_question(CONFIG))[0]
+    return read(CONFIG, params, random_frames(CONFIG, 2, 1), random_question(CONFIG))[0]
 
 
 def run(config: AdaCM2Config, params, *arguments, method: str):
@@ -173,7 +173,7 @@ def test_frames_with_an_empty_memory_equal_instructblip_video(model, params):
     frames, question = random_frames(CONFIG, 2, 3), random_question(CONFIG)
     forgetful = MemoryConfig(recent_ratio="0", conserve_ratio="0")
     config = dataclasses.replace(CONFIG, memory=forgetful)
-    states = watch(config, params, frames, question)
+    states = read(config, params, frames, question)
     queries = jnp.concatenate([state.queries for state in states], axis=1)
     ours = run(CONFIG, params, states[0].replace(queries=queries), method="visual_tokens")
     video = oracle.instructblip(CONFIG, seed=0, kind="InstructBlipVideo")
@@ -217,7 +217,7 @@ def test_at_full_width_every_stage_equals_the_oracle():
     features = run(config, params, frames, method="encode_frames")
     state = init_state(config, jnp.ones(1, jnp.int32))
     valid = jnp.ones((1, 1), bool)
-    state = run(config, params, features, valid, question, state, method="stream")
+    state = run(config, params, features, valid, question, state, method="read")
     visual = run(config, params, state, method="visual_tokens")
     length = config.qformer.num_queries + question.llm_ids.shape[1]
     logits, _ = run(config, params, state, question, length, method="prefill")

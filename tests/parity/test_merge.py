@@ -106,7 +106,7 @@ class MergingLoop:
         self.visual = Bank(limit)
         self.hidden = [Bank(limit) for _ in model.qformer.encoder.layer]
 
-    def watch(self, features: torch.Tensor) -> torch.Tensor:
+    def read(self, features: torch.Tensor) -> torch.Tensor:
         """One frame's tokens [P, V] from the ViT; returns the query rows [N, E]."""
         model = self.model
         frame = model.vision_model.post_layernorm(features) + self.table[self.seen]
@@ -171,16 +171,16 @@ def check_bank(ours, bank: Bank, seen: int) -> None:
 def test_queries_and_banks_equal_the_torch_loop(model, params, features, limit, chunk):
     """After every frame, or every chunk: below, at and far above what the banks hold."""
     config = dataclasses.replace(BASE, memory=MemoryConfig("merge", bank_frames=limit))
-    stream = jax.jit(functools.partial(AdaCM2(config).apply, method="stream"))
+    read = jax.jit(functools.partial(AdaCM2(config).apply, method="read"))
     state = init_state(config, jnp.zeros(2, jnp.int32))
     loops = make_loops(model, torch.from_numpy(params["temporal_embed"]), limit)
     expected = list(torch.zeros(state.queries.shape))
     for start in range(0, VALID.shape[1], chunk):
         part, valid = features[:, start : start + chunk], VALID[:, start : start + chunk]
-        state = stream({"params": params}, part, valid, QUESTION, state)
+        state = read({"params": params}, part, valid, QUESTION, state)
         for row, loop in enumerate(loops):
             for frame in part[row, valid[row]]:
-                expected[row] = loop.watch(torch.from_numpy(frame))
+                expected[row] = loop.read(torch.from_numpy(frame))
         oracle.assert_close(state.queries, torch.stack(expected))
         memory = jax.tree.map(np.asarray, state.memory)
         for row, loop in enumerate(loops):
@@ -218,7 +218,7 @@ def test_the_gradient_equals_that_of_the_torch_loop(model, params, features):
     @jax.grad
     def gradient(learned):
         state = init_state(config, jnp.zeros(2, jnp.int32))
-        apply = functools.partial(AdaCM2(config).apply, {"params": learned}, method="stream")
+        apply = functools.partial(AdaCM2(config).apply, {"params": learned}, method="read")
         return (apply(features, VALID, QUESTION, state).queries * upstream).sum()
 
     ours = gradient(learned)
@@ -226,7 +226,7 @@ def test_the_gradient_equals_that_of_the_torch_loop(model, params, features):
     table = torch.from_numpy(params["temporal_embed"]).requires_grad_(True)
     for row, loop in enumerate(make_loops(learner, table, limit)):
         for frame in features[row, VALID[row]]:
-            queries = loop.watch(torch.from_numpy(frame))
+            queries = loop.read(torch.from_numpy(frame))
         (queries * torch.from_numpy(upstream[row])).sum().backward()
     gradients = {
         name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad

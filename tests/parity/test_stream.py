@@ -75,7 +75,7 @@ class TorchStream:
         #: relative to the largest score.
         self.margin = float("inf")
 
-    def watch(self, features: torch.Tensor) -> torch.Tensor:
+    def read_frame(self, features: torch.Tensor) -> torch.Tensor:
         """One frame's tokens [P, V] from the ViT; returns the query rows [N, E]."""
         model, count = self.model, self.model.query_tokens.shape[1]
         features = model.vision_model.post_layernorm(features) + self.table[self.seen]
@@ -158,7 +158,7 @@ def test_queries_and_kept_tokens_equal_the_torch_loop(model, params, name):
     shape = (*VALID.shape, config.vision.tokens_per_frame, config.vision.width)
     features = np.random.default_rng(9).normal(size=shape).astype(np.float32)
 
-    stream = jax.jit(functools.partial(AdaCM2(config).apply, method="stream"))
+    read = jax.jit(functools.partial(AdaCM2(config).apply, method="read"))
     state = init_state(config, jnp.zeros(BATCH, jnp.int32))
     loops = [
         TorchStream(model, params["temporal_embed"], config.memory, ids, mask)
@@ -167,10 +167,10 @@ def test_queries_and_kept_tokens_equal_the_torch_loop(model, params, name):
     expected = list(torch.zeros(state.queries.shape))
     for start in range(0, VALID.shape[1], CHUNK):
         part, valid = features[:, start : start + CHUNK], VALID[:, start : start + CHUNK]
-        state = stream({"params": params}, part, valid, QUESTION, state)
+        state = read({"params": params}, part, valid, QUESTION, state)
         for row, loop in enumerate(loops):
             for frame in part[row, valid[row]]:
-                expected[row] = loop.watch(torch.from_numpy(frame))
+                expected[row] = loop.read_frame(torch.from_numpy(frame))
             for layer, tokens in enumerate(loop.memory):
                 assert kept_tokens(state.memory, layer, row) == tokens.origin
         oracle.assert_close(state.queries, torch.stack(expected))

@@ -249,8 +249,8 @@ def test_a_collective_of_an_unknown_group_counts_its_result(groups):
     [
         ("jit(observe)/AdaCM2.encode_frames/vision/while", "ViT blocks"),
         ("jit(train_step)/transpose(jvp(AdaCM2.answer_loss))/llm/while", "LLM layers (backward)"),
-        ("jit(observe)/AdaCM2.stream/qformer/while", "Q-Former layers"),
-        ("jit(f)/AdaCM2.stream/qformer/while/body/groups/cross_attention/while", "frames"),
+        ("jit(observe)/AdaCM2.read/qformer/while", "Q-Former layers"),
+        ("jit(f)/AdaCM2.read/qformer/while/body/groups/cross_attention/while", "frames"),
     ],
 )
 def test_loops_have_names_for_people(op_name, name):

@@ -10,7 +10,7 @@ import pytest
 import eval as evaluation
 import train
 from adacm2_jax.config import from_dict
-from adacm2_jax.models.params import abstract_params, fresh_params, merge_params, split_params
+from adacm2_jax.models.params import abstract_params, fresh_params, join_params, split_params
 from adacm2_jax.runs.checkpoint import (
     Checkpoints,
     restore_params,
@@ -73,7 +73,7 @@ def test_frozen_groups_keep_their_values_and_are_not_in_the_steps(small_run):
     model = from_dict(config.model.to_dict())
     abstract = abstract_params(model, config.optim.groups, make_mesh((-1, 1)))
     _, fresh = split_params(
-        merge_params(fresh_params(model, abstract, config.seed), {}), config.optim.groups
+        join_params(fresh_params(model, abstract, config.seed), {}), config.optim.groups
     )
     kept = learned_of(small_run)
     assert fresh and all(name.startswith("vision/") for name in fresh)
@@ -113,7 +113,7 @@ def test_a_damaged_parameter_is_named(small_run, data_dir, tmp_path, capsys):
     config = get_config()
     groups = config.optim.groups
     abstract = abstract_params(from_dict(config.model.to_dict()), groups, make_mesh((-1, 1)))
-    learned, frozen = split_params(merge_params(restore_params(small_run, abstract), {}), groups)
+    learned, frozen = split_params(join_params(restore_params(small_run, abstract), {}), groups)
     name = "qformer/query_tokens"
     learned[name] = learned[name].at[(0,) * learned[name].ndim].set(np.inf)
     shutil.copytree(small_run, tmp_path / "bad", ignore=shutil.ignore_patterns("checkpoints"))

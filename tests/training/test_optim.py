@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from adacm2_jax.errors import UserError
-from adacm2_jax.models.params import group_of, merge_params, split_params
+from adacm2_jax.models.params import group_of, join_params, split_params
 from adacm2_jax.training.optim import gradient_norms, make_optimizer
 
 PARAMS = {
@@ -44,7 +44,7 @@ def test_split_and_merge_are_inverse():
     learned, frozen = split_params(PARAMS, (("(vision|llm)/.*", None), (".*", 1.0)))
     assert sorted(learned) == ["qformer/norm/scale", "qformer/query_tokens"]
     assert sorted(frozen) == ["llm/head/kernel", "vision/patch/bias", "vision/patch/kernel"]
-    merged = merge_params(learned, frozen)
+    merged = join_params(learned, frozen)
     assert jax.tree.structure(merged) == jax.tree.structure(PARAMS)
 
 

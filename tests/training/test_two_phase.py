@@ -12,7 +12,7 @@ import pytest
 from adacm2_jax.config import MemoryConfig
 from adacm2_jax.errors import UserError
 from adacm2_jax.models.adacm2 import AdaCM2, Question, init_params, init_state
-from adacm2_jax.models.params import merge_params, split_params
+from adacm2_jax.models.params import join_params, split_params
 from adacm2_jax.training.step import (
     Batch,
     StepConfig,
@@ -20,7 +20,7 @@ from adacm2_jax.training.step import (
     loss_and_gradients,
     loss_fn,
 )
-from adacm2_jax.training.two_phase import watch
+from adacm2_jax.training.two_phase import read_all_but_last
 from tests.small import quick_compilation, small_model
 
 GROUPS = (("(vision|llm)/.*", None), (".*", 1.0))
@@ -75,11 +75,11 @@ def random_params(dtype) -> dict:
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.4, leaf.shape), dtype), shapes)
 
 
-def gradients_of(config, batch: Batch, how: StepConfig):
+def gradients_of(config, batch: Batch, options: StepConfig):
     learned, frozen = split_params(random_params(config.dtype), GROUPS)
     run = jax.jit(loss_and_gradients, static_argnums=(3, 5))
     with quick_compilation():
-        return jax.device_get(run(learned, frozen, batch, config, jax.random.key(0), how))
+        return jax.device_get(run(learned, frozen, batch, config, jax.random.key(0), options))
 
 
 def apart(found: dict, expected: dict) -> float:
@@ -174,16 +174,16 @@ def test_dropout_acts_in_phase_two_alone():
     drops = dataclasses.replace(model, qformer=dataclasses.replace(model.qformer, dropout=0.5))
     learned, frozen = split_params(random_params("float32"), GROUPS)
     run = jax.jit(loss_fn, static_argnums=(3, 5))
-    how = StepConfig("two_phase", 5)
+    options = StepConfig("two_phase", 5)
     with quick_compilation():
         losses = [
-            float(run(learned, frozen, batch, config, jax.random.key(key), how)[0])
+            float(run(learned, frozen, batch, config, jax.random.key(key), options)[0])
             for config, key in ((model, 0), (model, 1), (drops, 0), (drops, 1))
         ]
-        watched = [
-            jax.jit(watch, static_argnums=(0, 6))(
+        before_last = [
+            jax.jit(read_all_but_last, static_argnums=(0, 6))(
                 AdaCM2(config),
-                merge_params(learned, frozen),
+                join_params(learned, frozen),
                 batch.frames,
                 batch.valid,
                 batch.question,
@@ -194,7 +194,7 @@ def test_dropout_acts_in_phase_two_alone():
         ]
     assert losses[0] == losses[1]
     assert len(set(losses)) == 3
-    jax.tree.map(np.testing.assert_array_equal, *watched)
+    jax.tree.map(np.testing.assert_array_equal, *before_last)
 
 
 def test_a_vit_that_learns_needs_the_whole_scan():

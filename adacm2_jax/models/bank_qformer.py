@@ -1,4 +1,4 @@
-"""The Q-Former over MA-LMM's banks (``merge.py``): policy ``merge``.
+"""The Q-Former over MA-LMM's banks (``banks.py``): policy ``merge``.
 
 The same layers with the same parameters as in ``qformer.py``, so a checkpoint works with every
 policy. What differs is what they read. A cross-attention layer projects the whole visual bank, the
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from adacm2_jax.config import QFormerConfig
 from adacm2_jax.errors import UserError
-from adacm2_jax.memory.banks import MergeBank, MergeMemory, append, live, merge
+from adacm2_jax.memory.banks import Bank, BankMemory, append, live, shrink
 from adacm2_jax.models.layers import Dense, attention, rematerialised
 from adacm2_jax.models.qformer import (
     FeedForward,
@@ -50,7 +50,7 @@ class BankAttention(nn.Module):
         return attention_output(c, dropout, queries, y)
 
 
-class MergingGroup(nn.Module):
+class BankGroup(nn.Module):
     """``Group`` for one frame: a layer with cross-attention and the plain ones up to the next."""
 
     config: QFormerConfig
@@ -70,7 +70,7 @@ class MergingGroup(nn.Module):
         after = []
         for i in range(c.cross_attention_every):
             bank = append(jax.tree.map(operator.itemgetter(i), banks), x, valid)
-            after.append(merge(bank))
+            after.append(shrink(bank))
             mask = (live(bank)[:, :, None] & real[:, None]).reshape(len(x), -1)
             attend = SelfAttention(c, self.deterministic, name=f"self_attention_{i}")
             x = attend(x, mask[:, None, None], _rows(bank, x.dtype))
@@ -89,7 +89,7 @@ class MergingGroup(nn.Module):
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *after)
 
 
-class MergingQFormer(nn.Module):
+class BankQFormer(nn.Module):
     """Reads a chunk of frames, one after the other."""
 
     config: QFormerConfig
@@ -107,9 +107,9 @@ class MergingQFormer(nn.Module):
         features: jax.Array,
         valid: jax.Array,
         last: jax.Array,
-        memory: MergeMemory,
+        memory: BankMemory,
         deterministic: bool = True,
-    ) -> tuple[jax.Array, MergeMemory]:
+    ) -> tuple[jax.Array, BankMemory]:
         """Attends to a chunk and updates the banks.
 
         Args:
@@ -140,7 +140,7 @@ class MergingQFormer(nn.Module):
         real = jnp.concatenate([queries_real, text_mask], axis=1)
         projections = self.frame_projection.weights()
         groups = nn.scan(
-            rematerialised(MergingGroup, self.remat),
+            rematerialised(BankGroup, self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, 0),
@@ -148,14 +148,14 @@ class MergingQFormer(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, deterministic, name="groups")
 
-        def watch(groups, memory, frame, valid):
+        def read_frame(groups, memory, frame, valid):
             """One frame, [B / k, P, V]: the memory after it, and its query rows."""
             visual = append(memory.visual, frame, valid[::share])
             rows, hidden = groups(x, (real, valid, visual), (memory.hidden, projections))
-            return MergeMemory(merge(visual), hidden), rows[:, : c.num_queries]
+            return BankMemory(shrink(visual), hidden), rows[:, : c.num_queries]
 
-        def pass_by(groups, memory, frame, valid):
-            return watch(groups, memory, frame, valid)[0], None
+        def read_memory_only(groups, memory, frame, valid):
+            return read_frame(groups, memory, frame, valid)[0], None
 
         # The k rows of a video hold the same visual bank: one of them stands for all.
         memory = memory.replace(visual=jax.tree.map(lambda leaf: leaf[::share], memory.visual))
@@ -163,7 +163,7 @@ class MergingQFormer(nn.Module):
         if count > 1:
             before = valid & (jnp.arange(count) < last[:, None])
             walk = nn.scan(
-                pass_by,
+                read_memory_only,
                 variable_broadcast="params",
                 split_rngs={"params": False, "dropout": True},
                 in_axes=1,
@@ -172,12 +172,12 @@ class MergingQFormer(nn.Module):
             memory, _ = walk(groups, memory, features[:, :-1], before[:, :-1])
         newest = jnp.take_along_axis(features, last[::share, None, None, None], axis=1)[:, 0]
         valid = jnp.take_along_axis(valid, last[:, None], axis=1)[:, 0]
-        memory, queries = watch(groups, memory, newest, valid)
+        memory, queries = read_frame(groups, memory, newest, valid)
         visual = jax.tree.map(lambda leaf: jnp.repeat(leaf, share, axis=0), memory.visual)
         return queries, memory.replace(visual=visual)
 
 
-def _rows(bank: MergeBank, dtype) -> jax.Array:
+def _rows(bank: Bank, dtype) -> jax.Array:
     """All places of a bank in a row, [B, (M + 1)·R, W], in the type that the layers compute in."""
     entries = bank.entries
     return entries.reshape(len(entries), -1, entries.shape[-1]).astype(dtype)
