@@ -20,9 +20,9 @@ import eval as evaluation
 import train
 from adacm2_jax.config import from_dict
 from adacm2_jax.errors import DataError
+from adacm2_jax.files import write_json
 from adacm2_jax.inference.processor import Processor
 from adacm2_jax.runs import app
-from adacm2_jax.runs.checkpoint import write_json
 from configs import needle
 
 POLICIES = ("adacm2", "full", "uniform", "random", "recent")

@@ -5,7 +5,6 @@ laptop in minutes, :func:`instructblip_vicuna_7b` has the shapes of the publishe
 """
 
 import dataclasses
-import types
 import typing
 from fractions import Fraction
 
@@ -305,7 +304,8 @@ def from_dict(values: dict, cls: type = AdaCM2Config, path: str = ""):
     if not isinstance(values, dict):
         where = path.rstrip(".") or "a configuration"
         raise UserError(f"{where} must be a table of its fields, not {values!r}")
-    fields = {field.name: field.type for field in dataclasses.fields(cls)}
+    kinds = typing.get_type_hints(cls)
+    fields = {field.name: kinds[field.name] for field in dataclasses.fields(cls)}
     arguments = {}
     for name, value in values.items():
         if name not in fields:
@@ -315,9 +315,13 @@ def from_dict(values: dict, cls: type = AdaCM2Config, path: str = ""):
             value = from_dict(value, typing.cast(type, kind), f"{path}{name}.")
         elif kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        elif not isinstance(kind, types.UnionType) and type(value) is not kind:
-            raise UserError(
-                f"{path}{name} must be {typing.cast(type, kind).__name__}, not {value!r}"
-            )
+        elif kind is tuple and isinstance(value, list):
+            value = _tuples(value)  # JSON has none
+        elif isinstance(kind, type) and type(value) is not kind:
+            raise UserError(f"{path}{name} must be {kind.__name__}, not {value!r}")
         arguments[name] = value
     return cls(**arguments)
+
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -2,7 +2,7 @@
 
 Every process runs the same script. They are joined by ``jax.distributed`` before anything is
 computed; a plain TCP meeting at the coordinator's address comes first, because a process of JAX
-that waits in vain is aborted without a word about who is missing.
+that waits in vain is aborted and does not say who is missing.
 
 Arrays are spread over the devices of all processes, so all of them take every step, evaluation
 included. Files of a run belong to process 0 (:func:`is_main`); checkpoints are written by all.
@@ -146,7 +146,7 @@ def _receive(address: tuple[str, int], count: int, deadline: float, timeout: flo
             ("", address[1]),
             family=socket.AF_INET6 if dual else socket.AF_INET,
             dualstack_ipv6=dual,
-            backlog=count + 128,  # and strangers
+            backlog=count + 128,  # others may knock, too
         )
     except OSError as error:
         raise UserError(
@@ -265,7 +265,7 @@ def wait_for_all(hours: float = 24) -> None:
 
 
 def connect(mesh: Mesh) -> None:
-    """Lets the devices of a mesh make each other's acquaintance, along every axis and altogether.
+    """Connects the devices of a mesh with each other, along every axis and all together.
 
     Gloo, which joins hosts without accelerator, allows 30 seconds for that; within the first step
     it would fail where one process compiles longer than another.
@@ -282,7 +282,9 @@ def connect(mesh: Mesh) -> None:
 
 
 class Preemption:
-    """Notes SIGTERM within a block; all processes learn of it at the same step.
+    """Notes SIGTERM and Ctrl-C within a block; all processes learn of it at the same step.
+
+    A second Ctrl-C ends the process at once.
 
     JAX's own sync point (``multihost_utils.reached_preemption_sync_point``) is not used: it is told
     older steps by Orbax's background thread, which can put the agreed step into the past.
@@ -290,16 +292,24 @@ class Preemption:
 
     def __init__(self):
         self._number = 0
+        self._before: dict = {}
 
     def __enter__(self) -> "Preemption":
-        self._before = signal.signal(signal.SIGTERM, self._note)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, _) -> None:
+        if number == signal.SIGINT and self._number == signal.SIGINT:
+            raise KeyboardInterrupt
         self._number = number
+        if number == signal.SIGINT and is_main():
+            line = "\nstopping after this step, which is saved; Ctrl-C again stops at once\n"
+            os.write(sys.stderr.fileno(), line.encode())  # print is not safe in a handler
 
     def agreed(self) -> int:
         """The signal if any process has got one, else 0. All must call it after the same step."""
@@ -308,15 +318,16 @@ class Preemption:
         # A signal that comes meanwhile stays noted for the next step.
         return int(multihost_utils.process_allgather(np.int32(self._number)).max())
 
-
-@contextlib.contextmanager
-def default_sigterm() -> Iterator[None]:
-    """SIGTERM ends the process at once, within a block that has nothing to lose."""
-    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Both signals end the process at once, within a block that has nothing to lose."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            yield
+        finally:
+            for number in self._before:
+                signal.signal(number, self._note)
 
 
 def explain(error: BaseException) -> UserError | None:

@@ -34,3 +34,22 @@ def causes(error: BaseException) -> Iterator[BaseException]:
     while cause is not None:
         yield cause
         cause = cause.__cause__ or cause.__context__
+
+
+def check_text(text: str, name: str) -> str:
+    """Returns a text that can be written as UTF-8.
+
+    A command line in another encoding than the locale's, or half a surrogate pair in JSON, gives
+    one that cannot.
+
+    Raises:
+      UserError: naming it and the place.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{name} is no text at character {error.start + 1} ({text[:40]!a}): write it in "
+            "UTF-8, or set LC_ALL=C.UTF-8"
+        ) from None
+    return text

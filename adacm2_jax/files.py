@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import shutil
 import socket
+from typing import Any
 
 _MARK = ".partial-"
 
@@ -13,6 +15,36 @@ _MARK = ".partial-"
 def beside_path(path: pathlib.Path) -> pathlib.Path:
     """Where this process writes what is to be ``path``; hidden, in the same directory."""
     return path.with_name(f".{path.name}{_MARK}{socket.gethostname()}-{os.getpid()}")
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a file beside, then renames it: there is never half a file."""
+    path = pathlib.Path(path)
+    beside = beside_path(path)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes a JSON file beside, then renames it."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def keep_earlier(path: str | os.PathLike) -> None:
+    """Gives a file that is there a number, so that a new one of its name overwrites nothing.
+
+    ``predictions.jsonl`` becomes ``predictions.1.jsonl``, or the first number that is free.
+    """
+    path = pathlib.Path(path)
+    number = 1
+    while (earlier := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    if path.exists():
+        path.rename(earlier)
 
 
 def remove_abandoned(directory: str | os.PathLike, name: str = "*") -> None:

@@ -171,7 +171,7 @@ def shard_batch(batch, mesh: Mesh):
 
 
 def on_every_shard(function: Callable, rows: int, in_specs: Any, out_specs: Any) -> Callable:
-    """``function`` as every device runs it on its own rows, without a word to the others.
+    """``function`` as every device runs it on its own rows, without communication.
 
     Where no mesh is set, or the rows do not divide over ``data`` (a question about one video, say),
     it stays as it is: everybody computes everything.

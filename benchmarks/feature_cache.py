@@ -15,9 +15,9 @@ import tempfile
 
 import _paired  # before JAX: it sets the number of threads
 import jax
+import prepare
 
 import eval as evaluation
-import prepare
 import train
 from adacm2_jax.config import VisionConfig, tiny
 from adacm2_jax.inference.processor import train_tokenizers

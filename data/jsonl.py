@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import math
 import operator
@@ -97,6 +98,16 @@ class JsonlSource:
         """Lists the paths of videos that are no files, each once, in the file's order."""
         paths = dict.fromkeys(example.video for example in self._examples)
         return [path for path in paths if not os.path.isfile(path)]
+
+    def identity(self) -> str:
+        """A hash of what is asked about what, in order; files may have moved with their list."""
+        beside = os.path.dirname(self.path)
+        lines = [
+            (example.id, os.path.relpath(str(example.video), beside or "."), example.question)
+            + (example.answer, example.start, example.end)
+            for example in self._examples
+        ]
+        return hashlib.sha256(repr(lines).encode()).hexdigest()[:16]
 
     def fingerprint(self) -> str:
         """Changes when the examples or their video files do: names, sizes and times."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
 import os
 import pathlib
@@ -53,6 +54,14 @@ class RecordSource:
 
     def __repr__(self) -> str:
         return f"RecordSource({self._name}, evidence_only={self._evidence_only})"
+
+    def identity(self) -> str:
+        """A hash of what the records are, wherever and whenever they were written."""
+        directory = pathlib.Path(self._name.rsplit(" ", 1)[0])
+        files = sorted(path for path in directory.glob("*.array_record*") if path.is_file())
+        stats = [(path.name, path.stat().st_size) for path in files]
+        text = f"{directory.parent.name} {self._name.rsplit(' ', 1)[1]} {len(self)} {stats}"
+        return hashlib.sha256(f"{text} {self._evidence_only}".encode()).hexdigest()[:16]
 
     def fingerprint(self) -> str:
         """Changes when the data does: name, size and time of every file."""

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from absl import flags
 
+from adacm2_jax.commands import __main__ as adacm2
 from adacm2_jax.config import (
     AdaCM2Config,
     LlamaConfig,
@@ -29,6 +30,7 @@ from adacm2_jax.config import (
 )
 from adacm2_jax.models.params import abstract_params, join_params, split_params
 from adacm2_jax.runs.checkpoint import restore_params
+from adacm2_jax.runs.experiment import Experiment, read
 from adacm2_jax.sharding import make_mesh
 from configs.base import base_config
 
@@ -90,6 +92,14 @@ def get_config(_: str = "") -> ml_collections.ConfigDict:
     return config
 
 
+def small_experiment(**overrides) -> Experiment:
+    """The same, typed; ``train__steps=2`` sets ``train.steps``."""
+    config = get_config()
+    for name, value in overrides.items():
+        config.update_from_flattened_dict({name.replace("__", "."): value})
+    return read(config)
+
+
 @contextlib.contextmanager
 def quick_compilation() -> Iterator[None]:
     """Compiles five times faster, for code that runs a few steps."""
@@ -102,12 +112,16 @@ def quick_compilation() -> Iterator[None]:
 
 
 def run_script(script: str, *arguments: object) -> int:
-    """Runs ``train.py`` or ``eval.py`` as a command in this process; returns its exit status."""
+    """Runs ``train.py`` or ``eval.py``, or a command of ``adacm2`` by its name, in this process;
+    returns its exit status."""
     argv = sys.argv
     sys.argv = [script, *map(str, arguments)]
     try:
         with quick_compilation():
-            runpy.run_path(str(ROOT / script), run_name="__main__")
+            if script.endswith(".py"):
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+            else:
+                adacm2.main(["adacm2", *sys.argv])
     except SystemExit as done:
         return done.code
     finally:

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import eval as evaluation
-import train
 from adacm2_jax.config import DTYPES
 from adacm2_jax.models.adacm2 import Question
 from adacm2_jax.models.params import abstract_params, split_params
+from adacm2_jax.runs.experiment import Experiment, read, to_dict
 from adacm2_jax.sharding import make_mesh
 from adacm2_jax.training.step import Batch, StepConfig, check_step, loss_fn
 from configs.base import base_config
+from data.training_set import clip_loader
 from tests.small import ROOT, run_script, small_model
 
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -34,12 +34,16 @@ def test_every_experiment_says_how_it_is_run_and_what_to_expect():
 def test_an_experiment_loads_and_fits_its_model(recipe):
     name, *argument = recipe.split(":")
     config = importlib.import_module(f"configs.{name}").get_config(*argument).lock()
-    model = evaluation.check(config)
-    train.make_load(config, model)
-    abstract = abstract_params(model, config.optim.groups, make_mesh((-1, 1)))
-    learned, _ = split_params(abstract, config.optim.groups)
-    check_step(train.make_step(config), learned, config.train.num_frames)
-    assert json.loads(config.to_json())  # what config.json holds
+    experiment = read(config)
+    experiment.check_training()
+    clip_loader(experiment)
+    groups = experiment.optim.groups
+    abstract = abstract_params(experiment.model, groups, make_mesh((-1, 1)))
+    learned, _ = split_params(abstract, groups)
+    check_step(experiment.train.step, learned, experiment.train.num_frames)
+    stored = json.loads(json.dumps(to_dict(experiment)))  # what config.json holds
+    assert stored == to_dict(experiment) == json.loads(config.to_json())
+    assert read(stored) == experiment
 
 
 def test_a_short_task_of_lvu_warms_up_for_one_epoch_of_twenty():
@@ -50,7 +54,7 @@ def test_a_short_task_of_lvu_warms_up_for_one_epoch_of_twenty():
 
 
 def test_every_default_is_within_its_own_bounds():
-    evaluation.check(base_config(small_model()).lock())
+    assert read(base_config(small_model()).lock()) == Experiment(small_model())
 
 
 def test_the_full_size_experiment_by_shapes():
@@ -58,7 +62,7 @@ def test_the_full_size_experiment_by_shapes():
     from configs.instructblip_vicuna_7b import get_config
 
     config = get_config()
-    model = evaluation.check(config)
+    model = read(config).model
     abstract = abstract_params(model, config.optim.groups, make_mesh((-1, 1)))
     learned, frozen = split_params(abstract, config.optim.groups)
     sizes = [sum(math.prod(leaf.shape) for leaf in part.values()) for part in (learned, frozen)]

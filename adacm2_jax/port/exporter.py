@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from adacm2_jax.config import AdaCM2Config
 from adacm2_jax.errors import UserError
+from adacm2_jax.files import write_json
 from adacm2_jax.inference.processor import Processor
 from adacm2_jax.models.adacm2 import PIXEL_MEAN, PIXEL_STD
 from adacm2_jax.port import names
@@ -20,7 +21,7 @@ from adacm2_jax.port.formats import to_hugging_face_config
 from adacm2_jax.port.rules import Piece, Table, pieces_of
 from adacm2_jax.port.source import to_torch
 from adacm2_jax.port.store import OurParams, open_ours
-from adacm2_jax.runs.checkpoint import read_base, write_json
+from adacm2_jax.runs.workdir import read_base
 
 #: Bytes of one file of an exported directory.
 SHARD_BYTES = 1 << 30

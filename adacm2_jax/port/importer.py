@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from adacm2_jax.config import to_dict
 from adacm2_jax.errors import UserError
+from adacm2_jax.files import write_json
 from adacm2_jax.inference.processor import Processor
 from adacm2_jax.inference.tokenizers import check_vicuna, read_tokenizers
 from adacm2_jax.models.params import param_shapes
@@ -30,7 +31,7 @@ from adacm2_jax.port.destination import check_destination, check_room, written_b
 from adacm2_jax.port.formats import TorchCheckpoint, open_checkpoint
 from adacm2_jax.port.rules import match
 from adacm2_jax.port.store import LazyArray, write_params
-from adacm2_jax.runs.checkpoint import PARAMS_DIR, write_json
+from adacm2_jax.runs.workdir import PARAMS_DIR
 
 
 def import_checkpoint(

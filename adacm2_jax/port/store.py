@@ -22,7 +22,7 @@ from etils import epath
 
 from adacm2_jax.config import AdaCM2Config, from_dict
 from adacm2_jax.errors import UserError
-from adacm2_jax.runs.checkpoint import param_trees, read_config
+from adacm2_jax.runs.workdir import param_trees, read_config
 
 
 @dataclasses.dataclass

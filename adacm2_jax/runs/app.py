@@ -1,6 +1,7 @@
-"""What the scripts share: flags, configuration files, and errors fit for people."""
+"""What scripts and commands share: flags, configuration files, and errors fit for people."""
 
 import itertools
+import os
 import pathlib
 import re
 import runpy
@@ -9,22 +10,34 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from adacm2_jax import distributed
-from adacm2_jax.errors import UserError
+from adacm2_jax.errors import UserError, check_text
+
+#: Switches the compilation cache off, or names another directory for it.
+CACHE = "ADACM2_JAX_CACHE"
+#: Package → the extra that installs it.
+_EXTRAS = {
+    **dict.fromkeys(("av", "PIL", "tokenizers", "transformers", "sentencepiece"), "video"),
+    **dict.fromkeys(("torch", "safetensors"), "port"),
+    **dict.fromkeys(("grain", "ml_collections", "array_record", "tensorflow_datasets"), "run"),
+    **dict.fromkeys(("matplotlib", "sklearn", "absl", "ml_dtypes"), "run"),
+}
 
 
 def run(
     main: Callable[[], int | None],
     argv: Sequence[str],
-    user_errors: tuple[type[Exception], ...],
+    doc: str,
     complete: Callable[[Sequence[str]], list[str]] = list,
 ) -> None:
     """Parses absl flags, as ``complete`` fills them up, runs ``main`` and exits.
 
-    Flags that every script has: ``--debug``, and those that join several processes.
+    Flags that every script has: ``--help``, ``--debug``, and those that join several processes.
 
-    An error that its reader can mend (a ``UserError``, one of ``user_errors``, a wrong flag or
-    configuration field, a full disk) becomes one line on stderr and exit status 2, another process
-    that is gone likewise and status 75; ``--debug`` shows where it was raised.
+    Args:
+      main: returns an exit status.
+      argv: the command line.
+      doc: what the script does; ``--help`` begins with it.
+      complete: adds to the command line.
     """
     from absl import flags, logging
 
@@ -36,44 +49,114 @@ def run(
     flags.DEFINE_integer("join_timeout", 300, "Seconds until all processes must have come.")
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
-    debug = "--debug" in argv
-    expected: tuple[type[Exception], ...] = (UserError, flags.Error, *user_errors)
-    try:
-        argv = complete(argv)
-        _check_config_file(argv)
-        sys.argv = argv  # ml_collections looks for overrides there, whatever is parsed
-        rest = flags.FLAGS(argv)[1:]
+    if {"--help", "-help", "-h", "--helpfull"} & set(argv[1:]):
+        print(_help(doc))
+        sys.exit(0)
+
+    def parsed() -> int | None:
+        words = complete([check_text(word, "an argument") for word in argv])
+        _check_config_file(words)
+        sys.argv = words  # ml_collections looks for overrides there, whatever is parsed
+        try:
+            rest = flags.FLAGS(words)[1:]
+        except flags.Error as error:
+            raise UserError(str(error)) from None
+        except Exception as error:
+            if not _from_configuration(error):
+                raise
+            message = error.args[0] if isinstance(error, KeyError) and error.args else error
+            raise _missing_field(words) or UserError(str(message)) from None
         if rest:
             raise UserError(f"unexpected argument {rest[0]!r}; flags start with --, try --help")
         _join_others()
+        return main()
+
+    guarded(parsed, "--debug" in argv)
+
+
+def guarded(main: Callable[[], int | None], debug: bool = False) -> None:
+    """Runs ``main`` and exits with its status.
+
+    An error that its reader can mend (a ``UserError``, a full disk, a package that an extra
+    installs) becomes one line on stderr and exit status 2, another process that is gone likewise
+    and status 75; ``debug`` shows where it was raised.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that is ASCII alone
+    keep_compiled()
+    try:
         status = main()
         distributed.wait_for_all()
-    except expected as error:
+    except UserError as error:
         _report(error, debug, distributed.leave_together)
     except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr, flush=True)
         sys.exit(130)
     except Exception as error:
         if explained := distributed.explain(error):
             _report(explained, debug, distributed.leave)
-        if not _from_configuration(error):
-            raise
-        _report(_missing_field(argv) or error, debug)
+        if missing := _missing_package(error):
+            _report(missing, debug)
+        raise
     else:
         sys.exit(status or 0)
+
+
+def keep_compiled() -> None:
+    """Keeps what XLA compiles between processes, in the user's cache directory.
+
+    ``ADACM2_JAX_CACHE`` names another directory, ``off`` switches it off; a cache that JAX has been
+    given (``JAX_COMPILATION_CACHE_DIR``) stays.
+    """
+    import jax
+
+    given = os.environ.get(CACHE, "")
+    if given == "off" or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    if jax.config.jax_compilation_cache_dir:
+        return
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    jax.config.update(
+        "jax_compilation_cache_dir", given or os.path.join(home, "adacm2_jax", "compiled")
+    )
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        # A command compiles dozens of small programs, which together take seconds.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def directory(name: str, path: str) -> str:
     """The value of a flag that names a directory to write to or to find a run in.
 
     Raises:
-      UserError: for an address in a bucket: each process would take it for a local directory.
+      UserError: for an address in a bucket: each process would take it for a local directory; or
+        for a file.
     """
     if "://" in path:
         raise UserError(
             f"--{name}={path} must be a directory of a mounted file system, not an address in a "
             "bucket; docs/tpu.md says how to mount one"
         )
+    if os.path.isfile(path):
+        raise UserError(f"--{name}={path} is a file; name a directory")
     return path
+
+
+def _help(doc: str) -> str:
+    from absl import flags
+
+    given = flags.FLAGS
+    lines = [doc.strip(), "", "Flags:"]
+    for name in sorted(given):
+        # Libraries define dozens of their own.
+        module = given.find_module_defining_flag(name) or ""
+        if not (module == sys.argv[0] or module.startswith(__package__.partition(".")[0])):
+            continue
+        flag = given[name]
+        default = "" if flag.default in (None, False, "", []) else f" (default {flag.default})"
+        lines.append(f"  --{name:15} {flag.help or ''}{default}")
+    lines.append("  --config.FIELD=VALUE overrides a field; docs/configuration.md has them all")
+    return "\n".join(lines)
 
 
 def _check_config_file(argv: Sequence[str]) -> None:
@@ -133,9 +216,23 @@ def _missing_field(argv: Sequence[str]) -> UserError | None:
     return None
 
 
+def _missing_package(error: Exception) -> UserError | None:
+    """How to install what is not there, if one of our extras has it."""
+    if not isinstance(error, ModuleNotFoundError):
+        return None
+    package = (error.name or "").partition(".")[0]
+    if package in ("data", "configs"):
+        return UserError(
+            "this command needs the repository (data/ and configs/): run it in a clone, at its root"
+        )
+    extra = _EXTRAS.get(package)
+    return extra and UserError(
+        f"the package {package} is not installed: pip install 'adacm2-jax[{extra}]'"
+    )
+
+
 def _report(error: Exception, debug: bool, leave: Callable[[int], None] = sys.exit) -> None:
     if debug:
         traceback.print_exception(error)
-    message = error.args[0] if isinstance(error, KeyError) and error.args else error
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {error}", file=sys.stderr, flush=True)
     leave(error.status if isinstance(error, UserError) else UserError.status)

@@ -1,29 +1,170 @@
-"""What a model starts from: a run of ``train.py``, or a converted checkpoint."""
+"""What a model starts from or answers with: a run of ``train.py``, or a converted checkpoint."""
 
+import dataclasses
+import functools
 import os
-from collections.abc import Collection, Sequence
+import pathlib
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 from flax import traverse_util
 
 from adacm2_jax.config import AdaCM2Config, to_dict
-from adacm2_jax.models.params import fresh_params, join_params
-from adacm2_jax.runs.checkpoint import (
-    check_same,
-    find_base,
-    find_params,
-    is_base,
-    read_base,
-    read_config,
-    restore_params,
-    write_link,
-)
+from adacm2_jax.distributed import connect
+from adacm2_jax.errors import UserError
+from adacm2_jax.inference.answerer import Answerer
+from adacm2_jax.inference.model import VideoModel
+from adacm2_jax.inference.processor import Processor
+from adacm2_jax.models.params import abstract_params, fresh_params, join_params
+from adacm2_jax.runs import experiment as experiments
+from adacm2_jax.runs.checkpoint import find_params, restore_params
+from adacm2_jax.runs.experiment import MAY_CHANGE, Experiment, check_same
+from adacm2_jax.runs.workdir import find_base, is_base, read_base, read_config, write_link
+from adacm2_jax.sharding import make_mesh
 
-#: Fields of a converted checkpoint's model that an experiment chooses for itself.
-FREE = (
-    "memory.",
-    *("dtype", "qformer_dtype", "remat", "qformer.dropout", "temporal_positions"),
-    *("max_text_len", "max_answer_len"),
-)
+#: How LAVIS asks InstructBLIP, for a converted checkpoint, which has no experiment of its own.
+_AS_LAVIS: dict[str, Any] = {
+    "init_missing": ("temporal_embed",),
+    "data": {"prompt": "Question: {question} Short answer:"},
+    "generation": {
+        "num_beams": 5,
+        "repetition_penalty": 1.5,
+        "length_penalty": 0.0,
+        "max_new_tokens": 10,
+    },
+}
+
+
+def experiment_of(directory: str | os.PathLike) -> Experiment:
+    """The experiment of a run; of a converted checkpoint, how LAVIS asks its model.
+
+    Raises:
+      UserError: if there is neither.
+    """
+    stored = read_config(directory)
+    if is_base(directory):
+        stored = {"model": stored["model"]} | _AS_LAVIS
+    return experiments.read(stored)
+
+
+def load(
+    directory: str | os.PathLike,
+    *,
+    policy: str = "",
+    memory: dict[str, Any] | None = None,
+    generation: dict[str, Any] | None = None,
+    dtype: str = "",
+    mesh: tuple[int, int] | None = None,
+) -> VideoModel:
+    """Opens a model that answers questions about videos.
+
+    For example::
+
+        model = adacm2_jax.load("runs/quickstart/main")
+        reply = model.ask("clip.mp4", "which digit was on the red ground?")
+        print(reply.answer, reply.moments)
+
+    Args:
+      directory: of a run of ``train.py``, or of a converted checkpoint (``adacm2 port``).
+      policy: which memory; by default that of the run's evaluation.
+      memory: other fields of ``config.MemoryConfig``, such as ``{"recent_ratio": "0.2"}``.
+      generation: other fields of ``GenerationConfig``, such as ``{"num_beams": 5}``.
+      dtype: of matrix products, ``float32`` or ``bfloat16``; by default the run's.
+      mesh: devices along (data, model); by default the run's.
+
+    Raises:
+      UserError: if there is no model, it is damaged, or a value cannot be used.
+    """
+    experiment = experiment_of(directory)
+    model = experiment.model
+    changed = _replace(model.memory, "memory", memory or {})
+    model = dataclasses.replace(model, memory=changed, dtype=dtype or model.dtype)
+    options = _replace(experiment.generation, "generation", generation or {})
+    policies = (policy,) if policy else experiment.eval.policies[:1]
+    experiment = dataclasses.replace(
+        experiment,
+        model=model,
+        generation=options,
+        mesh=tuple(mesh or experiment.mesh),
+        eval=dataclasses.replace(experiment.eval, policies=policies),
+    )
+    processor = Processor.load(directory, model)
+    params = load_params(experiment, directory)
+    return video_model(experiment, lambda: params, processor)
+
+
+def video_model(
+    experiment: Experiment, params: Callable[[], dict], processor: Processor
+) -> VideoModel:
+    """The model of an experiment, to be asked about single videos.
+
+    Args:
+      experiment: its model, memories and generation count.
+      params: called for the parameters when the first question is asked.
+      processor: the model's tokenizers.
+    """
+    params = functools.cache(params)
+    return VideoModel(
+        lambda frames: make_answerer(experiment, params(), processor, frames),
+        processor,
+        ask_as=experiment.data.ask,
+        size=experiment.model.vision.image_size,
+        chunk=experiment.eval.chunk,
+        resize=experiment.data.resize,
+        on_truncated=experiment.data.on_truncated,
+    )
+
+
+def make_answerer(
+    experiment: Experiment, params: dict, processor: Processor, frames: int = 0
+) -> Answerer:
+    """The compiled functions of an experiment under every policy of ``eval.policies``.
+
+    Args:
+      experiment: its model, memories and generation count.
+      params: of the model.
+      processor: its tokenizers.
+      frames: of the longest video, where it is known; see ``Experiment.memories``.
+    """
+    return Answerer(
+        experiment.model,
+        params,
+        processor,
+        experiment.memories(frames),
+        experiment.generation,
+        experiment.seed,
+    )
+
+
+def load_params(experiment: Experiment, directory: str | os.PathLike) -> dict:
+    """Parameters alone, on whatever devices this process has.
+
+    Args:
+      experiment: whose model they must fit.
+      directory: of a run, whose parameters they are; of the converted checkpoint in its place;
+        else those of ``init_from`` are read.
+
+    Raises:
+      UserError: if there are none, or they are another model's.
+    """
+    mesh = make_mesh(tuple(experiment.mesh))
+    connect(mesh)
+    abstract = abstract_params(experiment.model, experiment.optim.groups, mesh)
+    run = (pathlib.Path(directory) / "config.json").exists() and not is_base(directory)
+    if run or not (experiment.init_from or is_base(directory)):
+        return join_params(restore_params(directory, abstract, base=experiment.init_from), {})
+    source = directory if is_base(directory) else experiment.init_from
+    return start_params(
+        source, experiment.model, abstract, experiment.init_missing, experiment.seed
+    )
+
+
+def _replace(config: Any, name: str, values: dict[str, Any]) -> Any:
+    known = {field.name for field in dataclasses.fields(config)}
+    for field in values:
+        if field not in known:
+            raise UserError(f"{name}.{field} is unknown; known: {', '.join(sorted(known))}")
+    return dataclasses.replace(config, **values)
 
 
 def start_params(
@@ -97,8 +238,7 @@ def check_base(source: str | os.PathLike, config: AdaCM2Config) -> None:
     """
     if is_base(source):
         stored = {"model": read_config(source)["model"]}
-        free = tuple(f"model.{field}" for field in FREE)
-        check_same(stored, {"model": to_dict(config)}, source, free)
+        check_same(stored, {"model": to_dict(config)}, source, MAY_CHANGE["start"])
 
 
 def vision_params(

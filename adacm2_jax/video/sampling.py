@@ -50,6 +50,10 @@ class Sampling:
             raise DataError(f"sampling.max_frames={self.max_frames!r}: must be 1 or more, or None")
 
 
+#: How a single video is read, unless told otherwise.
+ONE_A_SECOND = Sampling("fps", 1.0)
+
+
 def sample_times(
     duration: float,
     sampling: Sampling,

@@ -11,7 +11,6 @@ import numpy as np
 
 from adacm2_jax.errors import DataError
 from adacm2_jax.video.frames import Chunk, read_frames
-from data.jsonl import Example
 
 
 @dataclasses.dataclass
@@ -27,10 +26,11 @@ class Row:
     """
 
     number: int
-    example: Example
+    example: Any
     total: int
     chunks: Iterator[Chunk]
     error: str | None = None
+    times: Any = dataclasses.field(default_factory=lambda: np.zeros(0))
 
 
 @dataclasses.dataclass
@@ -49,13 +49,13 @@ class VideoBatch:
 
 
 def video_batches(
-    examples: Iterable[Example],
+    examples: Iterable[Any],
     *,
     batch_size: int,
     chunk: int,
     size: int,
     workers: int,
-    on_bad_video: Callable[[Example, str], None],
+    on_bad_video: Callable[[Any, str], None],
     **options: Any,
 ) -> Iterator[VideoBatch]:
     """Groups a split into batches of videos and reads them in threads, one chunk ahead.
@@ -85,7 +85,7 @@ def video_batches(
             yield VideoBatch(rows, lock_step(rows, pool, batch_size, chunk, size))
 
 
-def open_video(example: Example, number: int = 0, **options: Any) -> Row:
+def open_video(example: Any, number: int = 0, **options: Any) -> Row:
     """Opens an example's video; decodes nothing yet.
 
     Args:
@@ -130,4 +130,5 @@ def lock_step(
             if part:
                 frames[i, : len(part.frames)] = part.frames
                 valid[i, : len(part.frames)] = True
+                rows[i].times = np.concatenate([rows[i].times, part.times])
         yield frames, valid

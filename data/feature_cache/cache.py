@@ -6,7 +6,7 @@ A cache is a directory::
     features-00003-of-00016.array_record      one shard, see feature_shards.py
 
 A *clip* is a video and the part of it that counts; examples that ask about the same clip share a
-record. What is missing can be computed at any time, anywhere, by anybody (``prepare.py``).
+record. What is missing can be computed at any time, anywhere, by anybody (``adacm2 prepare``).
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def check_fit(
     if found := differences(manifest, wanted):
         raise DataError(
             f"{directory} holds the features of something else: {'; '.join(found)}. Use another "
-            "directory, or remove this one and run prepare.py"
+            "directory, or remove this one and run adacm2 prepare"
         )
 
 
@@ -308,7 +308,9 @@ def open_features(
     """
     manifest = read_manifest(directory)
     if manifest is None:
-        raise DataError(f"data.features = {directory}: no {MANIFEST} there; run prepare.py first")
+        raise DataError(
+            f"data.features = {directory}: no {MANIFEST} there; run adacm2 prepare first"
+        )
     wanted = make_manifest(
         source, load, vision, dtype=manifest["dtype"], shards=1, shape=shape, computed={}
     )
@@ -317,7 +319,7 @@ def open_features(
     if missing or "done" not in manifest:
         raise DataError(
             f"data.features = {directory}: {len(missing)} of {manifest['shards']} shards are "
-            "missing; run prepare.py again, it goes on with them"
+            "missing; run adacm2 prepare again, it goes on with them"
         )
     for shard, path in enumerate(_paths(directory, manifest)):
         shard_figures(path, manifest, shard)

@@ -12,18 +12,20 @@ from data.feature_cache.cache import read_manifest
 from tests.data.test_prepare import arguments, shards
 from tests.small import ROOT, error_line, process_environment, run_process
 
+PREPARE = ("-m", "adacm2_jax.commands", "prepare")
+
 
 @pytest.fixture(scope="module")
 def prepared(compiled_once, data_dir, tmp_path_factory):
     output = tmp_path_factory.mktemp("features") / "local"
-    done = run_process("prepare.py", *arguments(data_dir), f"--output={output}")
+    done = run_process(*PREPARE, *arguments(data_dir), f"--output={output}")
     assert done.returncode == 0, done.stderr
     return output
 
 
 def test_the_pipeline_writes_what_the_local_path_writes(prepared, data_dir, tmp_path):
     output = tmp_path / "beam"
-    command = ["prepare.py", *arguments(data_dir), f"--output={output}", "--runner=direct"]
+    command = [*PREPARE, *arguments(data_dir), f"--output={output}", "--runner=direct"]
     done = run_process(*command, "--beam=direct_num_workers=2")
     assert done.returncode == 0, done.stderr
     assert "192 frames of 48 clips" in done.stdout
@@ -34,7 +36,7 @@ def test_the_pipeline_writes_what_the_local_path_writes(prepared, data_dir, tmp_
 
 def test_a_killed_pipeline_goes_on_with_the_shards_that_are_missing(prepared, data_dir, tmp_path):
     output = tmp_path / "killed"
-    command = ["prepare.py", *arguments(data_dir), f"--output={output}", "--runner=direct"]
+    command = [*PREPARE, *arguments(data_dir), f"--output={output}", "--runner=direct"]
     started = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=process_environment())
     deadline = time.monotonic() + 240
     while not list(output.glob("features-*")):
@@ -51,7 +53,7 @@ def test_a_killed_pipeline_goes_on_with_the_shards_that_are_missing(prepared, da
 
 
 def test_what_a_worker_cannot_write_is_one_line(prepared, data_dir, tmp_path):
-    command = ["prepare.py", *arguments(data_dir), f"--output={tmp_path / 'full'}"]
+    command = [*PREPARE, *arguments(data_dir), f"--output={tmp_path / 'full'}"]
     done = subprocess.run(
         [sys.executable, *command, "--runner=direct"],
         cwd=ROOT,
@@ -69,6 +71,6 @@ def test_what_a_worker_cannot_write_is_one_line(prepared, data_dir, tmp_path):
 
 def test_an_unknown_runner_is_one_line(data_dir, tmp_path):
     output = tmp_path / "beam"
-    done = run_process("prepare.py", *arguments(data_dir), f"--output={output}", "--runner=nothing")
+    done = run_process(*PREPARE, *arguments(data_dir), f"--output={output}", "--runner=nothing")
     assert done.returncode == 2
     assert "--runner=nothing" in error_line(done.stderr)

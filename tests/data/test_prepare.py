@@ -38,7 +38,7 @@ def arguments(data_dir, **values) -> list[str]:
 
 
 def prepare(*command: object) -> int:
-    return run_script("prepare.py", *command)
+    return run_script("prepare", *command)
 
 
 def shards(directory) -> dict[str, bytes]:
@@ -149,7 +149,14 @@ def test_the_vit_is_that_of_a_run(small_run):
 
 def test_a_killed_job_goes_on_with_the_shards_that_are_missing(prepared, data_dir, tmp_path):
     output = tmp_path / "killed"
-    command = [sys.executable, "prepare.py", *arguments(data_dir), f"--output={output}"]
+    command = [
+        sys.executable,
+        "-m",
+        "adacm2_jax.commands",
+        "prepare",
+        *arguments(data_dir),
+        f"--output={output}",
+    ]
     started = subprocess.Popen(command, cwd=ROOT, env=process_environment())
     deadline = time.monotonic() + 120
     while not list(output.glob("features-*")):
@@ -171,7 +178,15 @@ def two_processes(command: list[str], *more: list[str]) -> tuple[list[int], list
     meet = [f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
     started = start(
         2,
-        lambda number: ["prepare.py", *command, *more[number], *meet, f"--process_id={number}"],
+        lambda number: [
+            "-m",
+            "adacm2_jax.commands",
+            "prepare",
+            *command,
+            *more[number],
+            *meet,
+            f"--process_id={number}",
+        ],
     )
     said = []
     for process in reversed(started):
@@ -250,7 +265,10 @@ def test_what_a_killed_process_left_does_not_make_an_output_something_else(
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"data__features": "nowhere"}, "nowhere: no manifest.json there; run prepare.py first"),
+        (
+            {"data__features": "nowhere"},
+            "nowhere: no manifest.json there; run adacm2 prepare first",
+        ),
         ({"data__cache": True}, "data.features = "),
         ({"optim__groups": "(('.*',1.0),)", "train__gradient": "scan"}, "of a frozen ViT, but"),
         ({"data__resize": "ma_lmm"}, "load.resize is 'clean' there, 'ma_lmm' here"),

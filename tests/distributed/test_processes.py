@@ -10,7 +10,7 @@ import pytest
 
 from adacm2_jax.distributed import initialize, meet
 from adacm2_jax.errors import LostProcessError, UserError
-from adacm2_jax.runs.checkpoint import saved_steps
+from adacm2_jax.runs.workdir import saved_steps
 from benchmarks.check_faults import wait_for_step
 from tests.distributed.conftest import finish, free_port, start
 from tests.small import run_process

@@ -12,17 +12,10 @@ import orbax.checkpoint as ocp
 import pytest
 
 from adacm2_jax.errors import UserError
-from adacm2_jax.runs.checkpoint import (
-    Checkpoints,
-    check_same,
-    find_base,
-    read_config,
-    read_link,
-    restore_params,
-    saved_steps,
-    write_config,
-    write_json,
-)
+from adacm2_jax.files import write_json
+from adacm2_jax.runs.checkpoint import Checkpoints, restore_params
+from adacm2_jax.runs.experiment import check_same
+from adacm2_jax.runs.workdir import find_base, read_config, read_link, saved_steps, write_config
 from adacm2_jax.training.step import TrainState
 
 SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])

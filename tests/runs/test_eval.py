@@ -1,14 +1,19 @@
 """Evaluation as a command: splits, policies, every kind of video file, and bad input."""
 
+import dataclasses
 import json
 import shutil
 
 import numpy as np
 import pytest
 
-import eval as evaluation
+from adacm2_jax.commands.ask import reply_line
+from adacm2_jax.commands.evaluate import evaluate
 from adacm2_jax.inference.processor import Processor
-from configs.run import get_config
+from adacm2_jax.runs.experiment import Experiment
+from adacm2_jax.runs.load import experiment_of, load_params, make_answerer, video_model
+from adacm2_jax.video.sampling import ONE_A_SECOND
+from data.sources import open_source
 from tests.small import QUESTION, error_line, quick_compilation, run_process, run_script
 from tests.video.make_videos import (
     VP9,
@@ -34,21 +39,36 @@ def quick():
 @pytest.fixture(scope="module")
 def run(small_run):
     """The finished run with its experiment, parameters and tokenizers."""
-    config = get_config(str(small_run)).unlock()
-    processor = Processor.load(small_run, evaluation.check(config))
-    return config, evaluation.load_params(config, small_run), processor
+    experiment = experiment_of(small_run)
+    processor = Processor.load(small_run, experiment.model)
+    return experiment, load_params(experiment, small_run), processor
+
+
+def changed(experiment, **sections) -> Experiment:
+    """With other fields in its sections: ``eval={"limit": 3}``."""
+    return dataclasses.replace(
+        experiment,
+        **{
+            name: dataclasses.replace(getattr(experiment, name), **fields)
+            for name, fields in sections.items()
+        },
+    )
+
+
+def answer_split(run, output, **sections) -> dict:
+    experiment = changed(run[0], **sections)
+    answerer = make_answerer(experiment, *run[1:])
+    return evaluate(experiment, answerer, open_source(experiment.data, "test"), output)
 
 
 @pytest.fixture(scope="module")
 def ask(run):
     """Answers questions about one file, as ``eval.py --video`` does; compiled once."""
-    config, params, processor = run
-    answerer = evaluation.make_answerer(config, params, processor)
+    experiment, params, processor = run
+    model = video_model(experiment, lambda: params, processor)
 
-    def ask(video, questions=(QUESTION,), **data) -> list[dict]:
-        changed = config.copy_and_resolve_references()
-        changed.data.update(data)
-        return evaluation.answer_video(changed, answerer, str(video), questions)
+    def ask(video, questions=(QUESTION,), sampling=experiment.data.sampling) -> list[dict]:
+        return list(map(reply_line, model.ask(video, questions, sampling=sampling)))
 
     return ask
 
@@ -69,28 +89,24 @@ def test_a_split_is_answered_as_at_the_end_of_training(small_run, tmp_path, caps
 
 
 def test_policies_in_one_pass_equal_each_alone(run, tmp_path):
-    config, params, processor = run
-    config = config.copy_and_resolve_references()
-    config.eval.policies, config.generation.temperature = POLICIES, 1.0
-    config.model.memory.bank_frames = 2
-    together = evaluation.evaluate(config, params, processor, tmp_path / "together")
+    memory = dataclasses.replace(run[0].model.memory, bank_frames=2)
+    experiment = dataclasses.replace(run[0], model=dataclasses.replace(run[0].model, memory=memory))
+    sampled = {"generation": {"temperature": 1.0}}
+    given = experiment, *run[1:]
+    together = answer_split(given, tmp_path / "together", eval={"policies": POLICIES}, **sampled)
     rows = predictions_in(tmp_path / "together")
     assert set(together["policies"]) == set(POLICIES) and len(rows) == 12 * len(POLICIES)
     for policy in POLICIES:
-        config.eval.policies = (policy,)
-        evaluation.evaluate(config, params, processor, tmp_path / policy)
+        answer_split(given, tmp_path / policy, eval={"policies": (policy,)}, **sampled)
         alone = predictions_in(tmp_path / policy)
         assert alone == [row for row in rows if row["policy"] == policy]
     assert len({row["score"] for row in rows if row["id"] == rows[0]["id"]}) > 2
 
 
 def test_the_batch_changes_no_answer(run, tmp_path):
-    config, params, processor = run
     answers = {}
     for size, chunk in ((1, 4), (5, 4), (12, 1)):
-        config = config.copy_and_resolve_references()
-        config.eval.batch_size, config.eval.chunk = size, chunk
-        evaluation.evaluate(config, params, processor, tmp_path / str(size))
+        answer_split(run, tmp_path / str(size), eval={"batch_size": size, "chunk": chunk})
         answers[size] = predictions_in(tmp_path / str(size))
     for size in (5, 12):
         for one, other in zip(answers[1], answers[size], strict=True):
@@ -100,12 +116,8 @@ def test_the_batch_changes_no_answer(run, tmp_path):
 
 
 def test_who_shares_a_batch_changes_no_bit(run, tmp_path):
-    config, params, processor = run
-    config = config.copy_and_resolve_references()
-    config.eval.limit = 5
-    evaluation.evaluate(config, params, processor, tmp_path / "five")
-    config.eval.limit = 2  # the other three rows are padding
-    evaluation.evaluate(config, params, processor, tmp_path / "two")
+    answer_split(run, tmp_path / "five", eval={"limit": 5})
+    answer_split(run, tmp_path / "two", eval={"limit": 2})  # the other three rows are padding
     assert predictions_in(tmp_path / "two") == predictions_in(tmp_path / "five")[:2]
 
 
@@ -200,8 +212,7 @@ def test_several_questions_in_one_pass_equal_each_alone(ask, tmp_path):
 
 def test_a_long_video_at_one_frame_a_second(ask, tmp_path):
     encode(tmp_path / "long.mp4", numbered_frames(300), fps=2)
-    sampling = {"mode": "fps", "num_frames": 0, "fps": 1.0, "max_frames": 0}
-    (line,) = ask(tmp_path / "long.mp4", sampling=sampling)
+    (line,) = ask(tmp_path / "long.mp4", sampling=ONE_A_SECOND)
     assert line["frames"] == 150 and line["total_tokens"] == 750 and line["kept_tokens"] <= 9
 
 
@@ -225,6 +236,7 @@ def test_from_the_command_line(small_run, tmp_path):
         ("random", "what is shown?"),
     ]
     printed = [line for line in done.stdout.splitlines() if line.startswith("[")]
+    assert done.stdout.count("remembered most: ") == 4
     assert printed == [f"[{row['policy']}] {row['question']}  {row['prediction']}" for row in rows]
 
 

@@ -9,13 +9,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from adacm2_jax.runs.checkpoint import (
-    Checkpoints,
-    read_config,
-    read_link,
-    saved_steps,
-    write_json,
-)
+from adacm2_jax.files import write_json
+from adacm2_jax.runs.checkpoint import Checkpoints
+from adacm2_jax.runs.workdir import read_config, read_link, saved_steps
 from benchmarks._runs import differences
 from benchmarks.check_faults import signal_at_step, start
 from tests.small import (
@@ -146,10 +142,10 @@ def test_before_its_first_checkpoint_a_run_keeps_to_what_it_starts_from(
 
 def test_another_configuration_is_refused_with_the_difference(small_run, data_dir, capsys):
     before = rows_of(small_run)
-    status = run_script("train.py", *arguments(small_run, data_dir, seed=7, train__steps=20))
+    status = run_script("train.py", *arguments(small_run, data_dir, seed=7, train__num_frames=5))
     text = capsys.readouterr().err
     assert status == 2 and "another configuration" in error_line(text)
-    assert " - seed = 0\n + seed = 7\n - train.steps = 9\n + train.steps = 20" in text
+    assert " - seed = 0\n + seed = 7\n - train.num_frames = 4\n + train.num_frames = 5" in text
     assert rows_of(small_run) == before
 
 

@@ -7,20 +7,20 @@ import jax
 import numpy as np
 import pytest
 
-import eval as evaluation
-import train
 from adacm2_jax.config import from_dict
+from adacm2_jax.inference.evaluate import table
 from adacm2_jax.models.params import abstract_params, fresh_params, join_params, split_params
-from adacm2_jax.runs.checkpoint import (
-    Checkpoints,
-    restore_params,
-    saved_steps,
-)
+from adacm2_jax.runs.checkpoint import Checkpoints, restore_params
+from adacm2_jax.runs.experiment import read
+from adacm2_jax.runs.workdir import saved_steps
 from adacm2_jax.sharding import make_mesh
 from adacm2_jax.training.step import TrainState
 from adacm2_jax.video.frames import read_clip
 from adacm2_jax.video.resize import ma_lmm
+from adacm2_jax.video.stream import video_batches
 from benchmarks._runs import differences
+from data.jsonl import Example
+from data.training_set import clip_loader
 from tests.small import (
     ROOT,
     STEPS,
@@ -191,7 +191,7 @@ def test_an_address_in_a_bucket_is_no_directory(tmp_path, capsys, monkeypatch):
         ("train.py", small, "--workdir=gs://bucket/run"),
         ("eval.py", "--workdir=gs://bucket/run"),
         ("eval.py", small, "--workdir=gs://bucket/run"),
-        ("prepare.py", small, "--output=gs://bucket/run"),
+        ("prepare", small, "--output=gs://bucket/run"),
     ):
         assert run_script(*command) == 2
         assert "=gs://bucket/run must be a directory" in error_line(capsys)
@@ -246,7 +246,7 @@ def test_own_videos_with_start_and_end_train_and_are_evaluated(compiled_once, tm
     assert line["frames"] == 8 and line["video"].endswith("clip.mp4") and "correct" not in line
     results = json.loads((tmp_path / "run/metrics.json").read_text())
     assert results["policies"]["adacm2"]["accuracy"] is None
-    assert "-" in evaluation.table(results)
+    assert "-" in table(results)
 
 
 @pytest.mark.parametrize(
@@ -277,11 +277,22 @@ def test_training_and_evaluation_resize_frames_as_the_experiment_says(tmp_path):
     encode(tmp_path / "clip.mp4", numbered_frames(4), fps=4)
     config = get_config()
     config.data.jitter, config.data.resize = False, "ma_lmm"
-    sampling = evaluation.make_sampling(config.data.sampling)
+    experiment = read(config)
+    sampling = experiment.data.sampling
     native = read_clip(tmp_path / "clip.mp4", sampling, size=64)
     expected = [ma_lmm(frame, 28) for frame in native]
-    row = evaluation.open_one(config, str(tmp_path / "clip.mp4"))
-    np.testing.assert_array_equal(np.concatenate([c.frames for c in row.chunks]), expected)
-    load = train.make_load(config, from_dict(config.model.to_dict()))
-    clip = load.random_map((0, row.example), np.random.default_rng(0))
+    example = Example("0", str(tmp_path / "clip.mp4"), "", None, None, None)
+    batches = video_batches(
+        [example],
+        batch_size=1,
+        chunk=4,
+        size=28,
+        workers=1,
+        on_bad_video=lambda *_: None,
+        sampling=sampling,
+        resize=experiment.data.resize,
+    )
+    ((frames, _),) = next(batches).chunks
+    np.testing.assert_array_equal(frames[0], expected)
+    clip = clip_loader(experiment).random_map((0, example), np.random.default_rng(0))
     np.testing.assert_array_equal(clip["frames"], expected)

@@ -1,4 +1,4 @@
-"""Telling a checkpoint that is damaged from a reader that is out of luck."""
+"""Telling a damaged checkpoint from an error of the machine that reads it."""
 
 import contextlib
 import pathlib

@@ -1,4 +1,4 @@
-"""``prepare.py`` as an Apache Beam pipeline: the runner says who computes which shard.
+"""``adacm2 prepare`` as an Apache Beam pipeline: the runner says who computes which shard.
 
 Workers import this module and what it imports, so the repository must be on their path; the source,
 ``init_from`` and the output must be at the same paths for all of them.
@@ -12,7 +12,7 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.runner import create_runner
 
-import prepare
+from adacm2_jax.commands.prepare_worker import Job, worker_of
 from adacm2_jax.errors import UserError
 
 #: A process holds one ViT and one set of decoded clips, however many threads its runner has.
@@ -23,12 +23,12 @@ RUNNERS = {"direct": "DirectRunner", "dataflow": "DataflowRunner", "flink": "Fli
 class WriteShard(beam.DoFn):
     """Shard → its number, once it is on disk; one that is there already is left alone."""
 
-    def __init__(self, job: prepare.Job, manifest: dict):
+    def __init__(self, job: Job, manifest: dict):
         self._job, self._manifest = job, manifest
 
     def process(self, shard: int) -> Iterator[int]:
         with _ONE_AT_A_TIME:
-            prepare.worker_of(self._job).write(self._manifest, shard)
+            worker_of(self._job).write(self._manifest, shard)
         yield shard
 
 
@@ -54,11 +54,11 @@ def options_of(runner: str, options: Sequence[str]) -> PipelineOptions:
     return PipelineOptions([f"--{option}" for option in options] + [f"--runner={name}"])
 
 
-def run(job: prepare.Job, manifest: dict, shards: Sequence[int], options: PipelineOptions) -> None:
+def run(job: Job, manifest: dict, shards: Sequence[int], options: PipelineOptions) -> None:
     """Computes shards and waits for them.
 
     Args:
-      job, manifest: of ``prepare.py``.
+      job, manifest: of ``adacm2 prepare``.
       shards: that are missing.
       options: of :func:`options_of`.
 

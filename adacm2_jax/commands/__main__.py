@@ -1,0 +1,148 @@
+"""The command ``adacm2``; also ``python -m adacm2_jax.commands``."""
+
+import argparse
+import os
+import pathlib
+import runpy
+import sys
+from collections.abc import Sequence
+
+from adacm2_jax import __version__
+from adacm2_jax.errors import check_text
+
+EPILOG = """examples:
+  adacm2 ask clip.mp4 --model runs/quickstart/main --question "which digit was on the red ground?"
+  adacm2 caption clip.mp4 --model weights
+  adacm2 choose clip.mp4 --model weights --question "what happens?" --label cooking --label driving
+  adacm2 port --src instructblip-vicuna-7b --dst weights
+  adacm2 plan --config configs/lvu.py --topology v5e:4x4
+
+train, eval, prepare and plan work on experiments, which are in configs/ of a clone. Exit status: 0,
+1 if some videos could not be read, 2 for what its reader can mend; --debug shows where that was
+found."""
+
+#: Commands whose own flags are parsed elsewhere → what they are for.
+ELSEWHERE = {
+    "train": "train an experiment (train.py)",
+    "eval": "answer a split (eval.py)",
+    "prepare": "compute the features of a training set once",
+    "port": "convert PyTorch checkpoints to JAX and back",
+    "plan": "compile an experiment for accelerators that are not here",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their flags."""
+    top = argparse.ArgumentParser(
+        "adacm2",
+        description="Questions about long videos, with a visual memory of constant size.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action="version", version=f"adacm2 {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def single(name: str, text: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name, help=text, description=f"{text.capitalize()}.", allow_abbrev=False
+        )
+        _add_shared(made)
+        return made
+
+    ask = single("ask", "answer questions about one video")
+    ask.add_argument(
+        "--question", action="append", required=True, help="may be given several times"
+    )
+    caption = single("caption", "describe one video")
+    caption.add_argument("--prompt", default="", help="what the networks are asked")
+    choose = single("choose", "rank labels for one video by how likely each is as the answer")
+    choose.add_argument("--label", action="append", required=True, help="give at least two")
+    choose.add_argument("--question", default="", help="that the labels answer")
+    for made in (ask, caption):
+        made.add_argument("--output", metavar="DIR", help="also write predictions.jsonl there")
+    for name, text in ELSEWHERE.items():
+        commands.add_parser(name, help=text, add_help=False)
+    return top
+
+
+def _add_shared(made: argparse.ArgumentParser) -> None:
+    made.add_argument("video", metavar="CLIP", help="a video file")
+    made.add_argument(
+        "--model",
+        required=True,
+        metavar="RUN",
+        help="directory of a run of train.py, or of a converted checkpoint (adacm2 port)",
+    )
+    made.add_argument(
+        "--fps", type=float, default=1.0, help="frames read a second (default %(default)g)"
+    )
+    made.add_argument(
+        "--num-frames", type=int, default=0, help="read so many, evenly spread, instead of --fps"
+    )
+    made.add_argument("--start", type=float, help="seconds: where the part that counts begins")
+    made.add_argument("--end", type=float, help="seconds: where it ends")
+    made.add_argument("--policy", default="", help="memory policy (default: the run's)")
+    made.add_argument("--dtype", default="", help="of matrix products: float32 or bfloat16")
+    made.add_argument("--json", action="store_true", help="print JSON, one object a line")
+    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command and exits.
+
+    Args:
+      argv: the command line with the program's name; by default this process's.
+    """
+    words = list(sys.argv if argv is None else argv)
+    if len(words) > 1 and words[1] in ELSEWHERE:
+        _elsewhere(words[1], [f"adacm2 {words[1]}", *words[2:]])
+        return
+    args = parser().parse_args(words[1:])
+
+    def run() -> int:
+        for word in words:
+            check_text(word, "an argument")
+        from adacm2_jax.commands import ask
+
+        return {"ask": ask.ask, "caption": ask.caption, "choose": ask.choose}[args.command](args)
+
+    from adacm2_jax.runs.app import guarded
+
+    guarded(run, args.debug)
+
+
+def _elsewhere(name: str, words: list[str]) -> None:
+    """A command with a parser of its own."""
+    if name in ("train", "eval", "prepare", "plan"):  # experiments are files of a clone
+        sys.path.insert(0, os.getcwd())
+    if name in ("train", "eval"):
+        _script(name, words)
+    elif name == "prepare":
+        from adacm2_jax.commands import prepare
+
+        prepare.run(words)
+    elif name == "plan":
+        from adacm2_jax.plan import __main__ as plan
+
+        plan.run(words)
+    else:
+        from adacm2_jax.port import __main__ as port
+
+        port.run(words)
+
+
+def _script(name: str, words: list[str]) -> None:
+    path = pathlib.Path(f"{name}.py")
+    if not (path.is_file() and pathlib.Path("adacm2_jax").is_dir()):
+        print(
+            f"error: adacm2 {name} is {path} of the repository: run it in a clone, at its root",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    sys.argv = words
+    runpy.run_path(str(path), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Single videos: ``adacm2 ask``, ``caption`` and ``choose``."""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from adacm2_jax.commands.evaluate import check_writable
+from adacm2_jax.files import keep_earlier, write_text
+from adacm2_jax.inference.model import CAPTION, Choice, Reply, VideoModel
+from adacm2_jax.runs.load import load
+from adacm2_jax.video.sampling import ONE_A_SECOND, Sampling
+
+
+def ask(args: argparse.Namespace) -> int:
+    """``adacm2 ask CLIP --model RUN --question …``."""
+    if args.output:
+        check_writable(args.output)
+    replies = _model(args).ask(args.video, args.question, **_reading(args))
+    _show(replies, args)
+    return 0
+
+
+def caption(args: argparse.Namespace) -> int:
+    """``adacm2 caption CLIP --model RUN``."""
+    if args.output:
+        check_writable(args.output)
+    _show([_model(args).caption(args.video, args.prompt or CAPTION, **_reading(args))], args)
+    return 0
+
+
+def choose(args: argparse.Namespace) -> int:
+    """``adacm2 choose CLIP --model RUN --label a --label b``."""
+    question = args.question or CAPTION
+    choices = _model(args).choose(args.video, args.label, question, **_reading(args))
+    for choice in choices:
+        print(json.dumps(dataclasses.asdict(choice)) if args.json else _choice_line(choice))
+    return 0
+
+
+def print_replies(replies: Sequence[Reply]) -> None:
+    """Answers with their evidence, for a terminal."""
+    several = len({reply.policy for reply in replies}) > 1
+    for reply in replies:
+        policy = f"[{reply.policy}] " if several else ""
+        print(f"{policy}{reply.question}  {reply.answer}")
+        print(f"  {evidence(reply)}")
+
+
+def evidence(reply: Reply) -> str:
+    """What an answer rests on, in a line."""
+    text = (
+        f"score {reply.score:.3f}; {reply.frames} frames read, {reply.kept_tokens} of "
+        f"{reply.total_tokens} tokens kept"
+    )
+    if reply.moments:
+        times = ", ".join(clock(moment.time) for moment in reply.moments)
+        text += f"; remembered most: {times}"
+    return text
+
+
+def write_replies(replies: Sequence[Reply], output: str | os.PathLike) -> None:
+    """Writes ``predictions.jsonl``; one that is there gets a number."""
+    path = pathlib.Path(output) / "predictions.jsonl"
+    keep_earlier(path)
+    write_text(path, "".join(json.dumps(reply_line(reply)) + "\n" for reply in replies))
+
+
+def reply_line(reply: Reply) -> dict[str, Any]:
+    """A reply as a line of ``predictions.jsonl``, with the fields that a split's lines have."""
+    line = dataclasses.asdict(reply)
+    line = {"id": reply.video, **line, "prediction": line.pop("answer")}
+    if len(reply.n_best) < 2:
+        del line["n_best"]
+    return line
+
+
+def clock(seconds: float) -> str:
+    """Such as ``0:07`` or ``1:02:03``; tenths where they are not zero."""
+    tenths = round(seconds * 10)
+    whole, rest = divmod(tenths, 10)
+    minutes, second = divmod(whole, 60)
+    hours, minute = divmod(minutes, 60)
+    text = f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+    return f"{text}.{rest}" if rest else text
+
+
+def _model(args: argparse.Namespace) -> VideoModel:
+    return load(args.model, policy=args.policy, dtype=args.dtype)
+
+
+def _reading(args: argparse.Namespace) -> dict[str, Any]:
+    sampling = dataclasses.replace(ONE_A_SECOND, fps=args.fps)
+    if args.num_frames:
+        sampling = Sampling("uniform", num_frames=args.num_frames)
+    return {"sampling": sampling, "start": args.start, "end": args.end}
+
+
+def _show(replies: Sequence[Reply], args: argparse.Namespace) -> None:
+    if args.output:
+        write_replies(replies, args.output)
+    if args.json:
+        for reply in replies:
+            print(json.dumps(reply_line(reply)))
+    else:
+        print_replies(replies)
+
+
+def _choice_line(choice: Choice) -> str:
+    return (
+        f"{choice.probability:7.1%}  {choice.label}  (log-likelihood {choice.log_likelihood:.3f})"
+    )

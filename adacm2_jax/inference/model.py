@@ -1,0 +1,298 @@
+"""A model that answers questions about single videos, with the evidence for its answers."""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from adacm2_jax.errors import DataError, UserError, check_text
+from adacm2_jax.inference.answerer import Answer, Answerer, Reading
+from adacm2_jax.inference.processor import Processor
+from adacm2_jax.progress import Progress
+from adacm2_jax.video.sampling import ONE_A_SECOND, Sampling
+from adacm2_jax.video.stream import Row, lock_step, open_video
+
+#: What is asked where no question is.
+CAPTION = "what does the video describe?"
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """A frame that is still remembered.
+
+    Attributes:
+      time: seconds from the video's beginning.
+      tokens: of this frame, how many are kept, all layers together.
+      score: the cross-attention that they received last, summed.
+    """
+
+    time: float
+    tokens: int
+    score: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """An answer and what it rests on.
+
+    Attributes:
+      video: path of the file.
+      question: as it was asked.
+      answer: as the language model wrote it.
+      score: its (length-normalised) log-probability.
+      n_best: all answers that were wanted, best first.
+      policy: of the memory.
+      frames: that were read.
+      kept_tokens: visual tokens that a layer holds in the end, at most.
+      total_tokens: visual tokens that the frames had.
+      moments: the frames that are remembered most, most first; empty under policy ``merge``, whose
+        means belong to no frame.
+    """
+
+    video: str
+    question: str
+    answer: str
+    score: float
+    n_best: tuple[Answer, ...]
+    policy: str
+    frames: int
+    kept_tokens: int
+    total_tokens: int
+    moments: tuple[Moment, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A label and how likely it is as the answer.
+
+    Attributes:
+      label: the text.
+      log_likelihood: sum over its tokens, its end included.
+      probability: among the labels that were given; they sum to 1.
+    """
+
+    label: str
+    log_likelihood: float
+    probability: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Clip:
+    """What the reader of videos wants to know."""
+
+    video: str
+    start: float | None
+    end: float | None
+
+
+class VideoModel:
+    """Answers questions about videos; made by ``adacm2_jax.load``.
+
+    Args:
+      make_answerer: makes the compiled functions for videos of at most so many frames; it is called
+        when the first question is asked.
+      processor: the model's tokenizers.
+      ask_as: a question → what the networks read.
+      size: side of the frames, pixels.
+      chunk: frames that pass through the networks together.
+      resize: how frames are made square.
+      on_truncated: of a file that is cut short: ``error`` or ``use``.
+    """
+
+    def __init__(
+        self,
+        make_answerer: Callable[[int], Answerer],
+        processor: Processor,
+        *,
+        ask_as: Callable[[str], str],
+        size: int,
+        chunk: int,
+        resize: str,
+        on_truncated: str,
+    ):
+        self._make, self._processor, self._ask_as = make_answerer, processor, ask_as
+        self._size, self._chunk = size, chunk
+        self._resize, self._on_truncated = resize, on_truncated
+        self._answerers: dict[int, Answerer] = {}
+
+    def ask(
+        self,
+        video: str | os.PathLike,
+        questions: str | Sequence[str],
+        *,
+        sampling: Sampling | None = None,
+        start: float | None = None,
+        end: float | None = None,
+        moments: int = 5,
+    ) -> Any:
+        """Answers questions about a video, all in one pass over it.
+
+        Args:
+          video: path of the file.
+          questions: one, or several.
+          sampling: which frames are read; by default one a second, however long the video is.
+          start, end: the part that counts, seconds.
+          moments: how many of the remembered frames an answer names.
+
+        Returns:
+          A :class:`Reply` for a single question, else a list of them, in order; with several
+          policies those of the first policy come first.
+
+        Raises:
+          UserError: for a question that is too long.
+          DataError: if the video cannot be read to its end.
+        """
+        several = [questions] if isinstance(questions, str) else list(questions)
+        with self._reading(video, several, sampling, start, end) as (answerer, reading, row):
+            replies = [
+                reply
+                for name in reading.states
+                for reply in self._replies(answerer, reading, name, row, several, moments)
+            ]
+        return replies[0] if isinstance(questions, str) and len(replies) == 1 else replies
+
+    def check(
+        self,
+        video: str | os.PathLike,
+        sampling: Sampling | None = None,
+        start: float | None = None,
+        end: float | None = None,
+    ) -> int:
+        """Opens a video, without decoding it, and returns how many frames would be read.
+
+        Raises:
+          DataError: if it is none, or its end is seen to be missing.
+        """
+        return self._open(video, sampling, start, end).total
+
+    def caption(self, video: str | os.PathLike, prompt: str = CAPTION, **options: Any) -> Any:
+        """Describes a video: :meth:`ask` with a question that asks for it."""
+        return self.ask(video, prompt, **options)
+
+    def choose(
+        self,
+        video: str | os.PathLike,
+        labels: Sequence[str],
+        question: str = CAPTION,
+        *,
+        sampling: Sampling | None = None,
+        start: float | None = None,
+        end: float | None = None,
+    ) -> list[Choice]:
+        """Ranks labels by how likely each is as the whole answer, the most likely first.
+
+        Args:
+          video, sampling, start, end: as for :meth:`ask`.
+          labels: at least two different ones.
+          question: that they answer.
+
+        Raises:
+          UserError: for fewer labels, or one that is too long.
+          DataError: if the video cannot be read to its end.
+        """
+        labels = list(labels)
+        if len(set(labels)) < 2 or len(set(labels)) < len(labels):
+            raise UserError(f"labels are {labels!r}: give at least two, all different")
+        for label in labels:
+            check_text(label, "a label")
+        with self._reading(video, [question], sampling, start, end) as (answerer, reading, _):
+            name = next(iter(reading.states))
+            scores = np.asarray(answerer.log_likelihoods(reading, name, [labels])[0], np.float64)
+        shares = np.exp(scores - scores.max())
+        shares /= shares.sum()
+        order = np.argsort(-scores, kind="stable")
+        return [Choice(labels[i], float(scores[i]), float(shares[i])) for i in order]
+
+    @contextlib.contextmanager
+    def _reading(
+        self,
+        video: str | os.PathLike,
+        questions: Sequence[str],
+        sampling: Sampling | None,
+        start: float | None,
+        end: float | None,
+    ) -> Iterator[tuple[Answerer, Reading, Row]]:
+        """The memories after the whole video."""
+        if not questions:
+            raise UserError("questions are empty; ask at least one")
+        prompts = [self._ask_as(check_text(question, "a question")) for question in questions]
+        self._processor.questions(prompts)
+        row = self._open(video, sampling, start, end)
+        answerer = self._answerer(row.total)
+        count = len(questions)
+        reading = answerer.start(prompts, np.full(count, row.total), np.zeros(count, np.uint32))
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            chunks = lock_step([row], pool, 1, self._chunk, self._size)
+            with Progress("read", row.total, unit="frames") as progress:
+                for frames, valid in chunks:
+                    answerer.read(reading, frames, valid)
+                    progress.update(int(valid.sum()))
+        if row.error:
+            raise DataError(row.error)
+        yield answerer, reading, row
+
+    def _open(
+        self,
+        video: str | os.PathLike,
+        sampling: Sampling | None,
+        start: float | None,
+        end: float | None,
+    ) -> Row:
+        return open_video(
+            _Clip(check_text(os.fspath(video), "a path"), start, end),
+            size=self._size,
+            chunk=self._chunk,
+            sampling=sampling or ONE_A_SECOND,
+            resize=self._resize,
+            on_truncated=self._on_truncated,
+            on_warning=lambda line: print(f"warning: {line}", file=sys.stderr),
+        )
+
+    def _answerer(self, frames: int) -> Answerer:
+        """One for all videos; where a policy holds all frames, one for every doubling of them."""
+        answerer = self._answerers.get(0)
+        if answerer is None:
+            answerer = self._make(frames)
+            whole = any(m.config.memory.policy == "full" for m in answerer.models.values())
+            if not whole:
+                self._answerers[0] = answerer
+                return answerer
+            room = max(self._chunk, 1 << (frames - 1).bit_length())
+            if room not in self._answerers:
+                self._answerers[room] = self._make(room)
+            return self._answerers[room]
+        return answerer
+
+    def _replies(
+        self,
+        answerer: Answerer,
+        reading: Reading,
+        name: str,
+        row: Row,
+        questions: Sequence[str],
+        moments: int,
+    ) -> Iterator[Reply]:
+        tokens = answerer.tokens_per_frame
+        remembered = answerer.remembered(reading, name)
+        for i, answers in enumerate(answerer.answer(reading, name)[: len(questions)]):
+            kept = remembered[i]
+            yield Reply(
+                video=str(row.example.video),
+                question=questions[i],
+                answer=answers[0].text,
+                score=answers[0].score,
+                n_best=tuple(answers),
+                policy=name,
+                frames=len(row.times),
+                kept_tokens=kept.tokens,
+                total_tokens=len(row.times) * tokens,
+                moments=tuple(
+                    Moment(float(row.times[frame.number]), frame.tokens, frame.score)
+                    for frame in kept.frames[:moments]
+                ),
+            )

@@ -1,0 +1,420 @@
+"""An experiment, typed and checked once: what every script, command and the planner work from.
+
+A file of ``configs/`` gives an ``ml_collections.ConfigDict``, so that single fields can be
+overridden on the command line; :func:`read` turns it into an :class:`Experiment`. The defaults are
+those of the classes here. ``config.json`` of a run is :func:`to_dict` of its experiment.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from adacm2_jax import config as model_config
+from adacm2_jax.config import AdaCM2Config, MemoryConfig
+from adacm2_jax.errors import UserError
+from adacm2_jax.inference.generate import GenerationConfig
+from adacm2_jax.models.adacm2 import check_memory
+from adacm2_jax.training.step import StepConfig
+from adacm2_jax.video.sampling import RESIZE_NAMES, Sampling
+
+#: Dotted prefixes of the fields that may differ from the stored ones, by what is done with them.
+MAY_CHANGE = {
+    # They do not alter what the steps compute; train.steps says where the run ends.
+    "resume": (
+        *("eval.", "generation.", "checkpoint.", "train.log_every", "train.chunk", "train.steps"),
+        *("data.cache", "data.data_dir", "data.workers", "mesh"),
+    ),
+    "evaluate": (
+        *("model.memory.", "model.dtype", "model.qformer_dtype", "model.remat"),
+        *("checkpoint.", "data.", "eval.", "generation.", "optim.", "train."),
+        *("init_from", "mesh", "seed", "tokenizers"),
+    ),
+    # What an experiment chooses for itself of a converted checkpoint's model.
+    "start": (
+        *("model.memory.", "model.dtype", "model.qformer_dtype", "model.remat"),
+        *("model.qformer.dropout", "model.temporal_positions"),
+        *("model.max_text_len", "model.max_answer_len"),
+    ),
+}
+
+
+def _at_least(section: str, config: Any, **least: int) -> None:
+    for field, bound in least.items():
+        value = getattr(config, field)
+        if value < bound:
+            raise UserError(f"{section}.{field} = {value} must be at least {bound}")
+
+
+@dataclasses.dataclass(frozen=True)
+class NeedleTask:
+    """The generated needle task.
+
+    Attributes:
+      num_frames: of a video.
+      train_size: videos to train on.
+      test_size: videos to evaluate on.
+      evidence_only: only the frame that answers is read.
+    """
+
+    num_frames: int = 4
+    train_size: int = 8000
+    test_size: int = 1000
+    evidence_only: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is read, and how.
+
+    Attributes:
+      source: ``jsonl`` or ``needle``.
+      jsonl: by split, JSON-lines files with video, question, answer and optional start, end
+        (seconds).
+      needle: of the generated task.
+      data_dir: where prepared data sets are written.
+      prompt: what both language networks are asked; ``{question}`` stands for the question.
+      sampling: which frames are taken of a video.
+      jitter: training: a random instant in each segment.
+      resize: ``clean``, or ``ma_lmm``: as MA-LMM evaluates, see adacm2_jax/video/resize.py.
+      on_truncated: of a file that is cut short: ``error``, or ``use`` what could be read.
+      cache: keep decoded training clips on disk (short videos, many epochs).
+      cache_dir: where.
+      features: a directory of ``adacm2 prepare``: its features are read instead of training clips.
+      workers: decoding processes in training; 0 decodes in threads.
+    """
+
+    source: str = "jsonl"
+    jsonl: dict = dataclasses.field(default_factory=lambda: {"train": "", "test": ""})
+    needle: NeedleTask = NeedleTask()
+    data_dir: str = "runs/data"
+    prompt: str = "{question}"
+    sampling: Sampling = dataclasses.field(default=Sampling(mode="uniform", num_frames=8))
+    jitter: bool = False
+    resize: str = "clean"
+    on_truncated: str = "error"
+    cache: bool = False
+    cache_dir: str = "runs/cache"
+    features: str = ""
+    workers: int = 0
+
+    def __post_init__(self):
+        _at_least("data", self, workers=0)
+        try:
+            self.prompt.format(question="")
+        except (AttributeError, LookupError, ValueError):
+            raise UserError(
+                f"data.prompt = {self.prompt!r}: its only field is {{question}}; write other "
+                "braces twice"
+            ) from None
+        if self.on_truncated not in ("error", "use"):
+            raise UserError(f"data.on_truncated = {self.on_truncated!r}: must be error or use")
+        if self.resize not in RESIZE_NAMES:
+            raise UserError(f"data.resize = {self.resize!r}: must be {' or '.join(RESIZE_NAMES)}")
+        if self.features and self.cache:
+            raise UserError(
+                f"data.features = {self.features} and data.cache: decoded clips would not be "
+                "read; unset one"
+            )
+
+    def ask(self, question: str) -> str:
+        """What both language networks read of a question."""
+        return self.prompt.format(question=question)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The training loop.
+
+    Attributes:
+      steps: of the run.
+      batch_size: clips of a step, on all devices together.
+      num_frames: T of a clip.
+      log_every: steps between two lines of metrics.
+      gradient, chunk, accumulate: see ``training.step.StepConfig``.
+    """
+
+    steps: int = 1000
+    batch_size: int = 8
+    num_frames: int = 8
+    log_every: int = 20
+    gradient: str = "two_phase"
+    chunk: int = 16
+    accumulate: int = 1
+
+    def __post_init__(self):
+        _at_least("train", self, steps=1, batch_size=1, num_frames=1, log_every=1)
+        self.step  # noqa: B018 (its fields are checked)
+
+    @property
+    def step(self) -> StepConfig:
+        """How a step is computed."""
+        return StepConfig(self.gradient, self.chunk, self.accumulate)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """Of ``training.optim.make_optimizer``.
+
+    Attributes:
+      learning_rate: at its height, after the warm-up.
+      warmup_steps: of a linear rise from zero.
+      weight_decay, b1, b2: of AdamW.
+      clip_norm: most that the global norm of a gradient may be.
+      groups: pairs of an expression over parameter paths and a factor on the learning rate, None
+        for frozen; the first match counts.
+    """
+
+    learning_rate: float = 1e-4
+    warmup_steps: int = 100
+    weight_decay: float = 0.05
+    b1: float = 0.9
+    b2: float = 0.999
+    clip_norm: float = 1.0
+    groups: tuple = (("(vision|llm)/.*", None), (".*", 1.0))
+
+    def __post_init__(self):
+        _at_least("optim", self, warmup_steps=0)
+
+    @property
+    def rule(self) -> dict[str, Any]:
+        """Arguments of ``make_optimizer``."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """What stays on disk.
+
+    Attributes:
+      every: steps between two checkpoints.
+      keep: how many of the newest stay.
+      keep_every: steps that divide by it stay for ever; 0: none.
+    """
+
+    every: int = 500
+    keep: int = 2
+    keep_every: int = 0
+
+    def __post_init__(self):
+        _at_least("checkpoint", self, every=1, keep=1, keep_every=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """How a split is answered.
+
+    Attributes:
+      every: steps between evaluations in training; 0: only at the end.
+      limit: questions of the split; 0: all.
+      batch_size: videos that are read together.
+      chunk: frames that pass through the networks together.
+      workers: decoding threads.
+      policies: memory policies; all read the same frames.
+      full_frames: longest video for policy ``full``; 0: the number of ``data.sampling``.
+      split: ``train`` or ``test``.
+    """
+
+    every: int = 0
+    limit: int = 0
+    batch_size: int = 8
+    chunk: int = 16
+    workers: int = 2
+    policies: tuple = ("adacm2",)
+    full_frames: int = 0
+    split: str = "test"
+
+    def __post_init__(self):
+        _at_least("eval", self, every=0, limit=0, batch_size=1, chunk=1, workers=1)
+        if not self.policies:
+            raise UserError("eval.policies is empty; name at least one, such as ('adacm2',)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """All that a run is made from.
+
+    Attributes:
+      model: the model.
+      seed: of fresh parameters, the order of the data, dropout and sampling.
+      init_from: where parameters (and tokenizers) come from unless this run has saved its own: a
+        directory of ``train.py``, or a converted checkpoint (``adacm2 port``).
+      init_missing: expressions over the paths of parameters that ``init_from`` may lack.
+      tokenizers: a directory with both tokenizers; empty learns them from the training texts.
+      mesh: devices along (data, model); -1 takes all that are left.
+      data, train, optim, checkpoint, eval, generation: see their classes.
+    """
+
+    model: AdaCM2Config
+    seed: int = 0
+    init_from: str = ""
+    init_missing: tuple = ()
+    tokenizers: str = ""
+    mesh: tuple = (-1, 1)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    generation: GenerationConfig = dataclasses.field(default=GenerationConfig(max_new_tokens=8))
+
+    def __post_init__(self):
+        check_memory(self.model)
+        self.memories(frames=1)  # what does not depend on the video
+
+    def memories(self, frames: int = 0) -> dict[str, MemoryConfig]:
+        """The memory of every policy in ``eval.policies``, with the ratios of ``model.memory``.
+
+        Args:
+          frames: of the one video that is read, where it is known; else the experiment says how
+            long the longest is.
+
+        Raises:
+          UserError: for a policy without a bound, or ``full`` where nobody says what it must hold.
+        """
+        sampling = self.data.sampling
+        sampled = sampling.num_frames if sampling.mode == "uniform" else sampling.max_frames
+        frames = frames or self.eval.full_frames or sampled or 0
+        if "full" in self.eval.policies and not frames:
+            raise UserError(
+                "eval.policies has 'full', which must hold all frames, but data.sampling.mode = "
+                f"{sampling.mode!r} has no most; set eval.full_frames or data.sampling.max_frames"
+            )
+        memories = {}
+        for policy in self.eval.policies:
+            options = {"policy": policy} | ({"max_frames": frames} if policy == "full" else {})
+            memory = dataclasses.replace(self.model.memory, **options)
+            check_memory(dataclasses.replace(self.model, memory=memory))
+            memories[policy] = memory
+        return memories
+
+    @property
+    def clip_sampling(self) -> Sampling:
+        """Which frames a training clip has: all that the sampling takes fit into it.
+
+        Raises:
+          UserError: if ``train.num_frames`` would cut off some of them.
+        """
+        sampling, frames = self.data.sampling, self.train.num_frames
+        if sampling.mode == "uniform" and sampling.num_frames > frames:
+            raise UserError(
+                f"train.num_frames = {frames} would cut off some of the {sampling.num_frames} "
+                "frames of data.sampling.num_frames; make them equal"
+            )
+        if sampling.mode == "fps":
+            most = min(sampling.max_frames or frames, frames)
+            sampling = dataclasses.replace(sampling, max_frames=most)
+        return sampling
+
+    def check_training(self) -> None:
+        """Refuses what can be evaluated, but not trained.
+
+        Raises:
+          UserError: naming the field.
+        """
+        for field in ("dtype", "qformer_dtype"):
+            if getattr(self.model, field) == "float16":
+                raise UserError(
+                    f"model.{field} is 'float16', which is for evaluation: gradients underflow in "
+                    "it; train in bfloat16"
+                )
+        if not math.isfinite(self.optim.learning_rate):
+            raise UserError(f"optim.learning_rate = {self.optim.learning_rate} must be finite")
+        self.clip_sampling  # noqa: B018 (it is checked)
+        self.memories()
+
+
+def read(config: Any) -> Experiment:
+    """An experiment from a ``ConfigDict``, or from what ``config.json`` holds.
+
+    Fields that are not there (in a run that an older version wrote) have their defaults.
+
+    Raises:
+      UserError: for an unknown field, a wrong type, or a value out of range.
+    """
+    values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    if "sampling" in values.get("data", {}):
+        sampling = values["data"]["sampling"]
+        most = sampling.get("max_frames") or None  # 0 stands for none: overrides need a number
+        values = values | {"data": values["data"] | {"sampling": sampling | {"max_frames": most}}}
+    return model_config.from_dict(values, Experiment)
+
+
+def to_dict(experiment: Experiment, plain: bool = True) -> dict:
+    """An experiment as plain values, the inverse of :func:`read`.
+
+    Args:
+      experiment: to be written.
+      plain: values that JSON gives back alike: lists for tuples. Else tuples stay, which overrides
+        on the command line need.
+    """
+    values = dataclasses.asdict(experiment) | {"model": model_config.to_dict(experiment.model)}
+    values["data"]["sampling"]["max_frames"] = experiment.data.sampling.max_frames or 0
+    for name in ("eos_ids", "pad_id"):  # the tokenizer says what they are
+        del values["generation"][name]
+    return _lists(values) if plain else values
+
+
+def check_same(stored: dict, current: dict, where: Any, may_change: tuple[str, ...]) -> None:
+    """Refuses to go on with a run under another configuration.
+
+    Args:
+      stored: configuration of the run.
+      current: that of this command.
+      where: the run is.
+      may_change: dotted prefixes of fields that may differ, such as of :data:`MAY_CHANGE`.
+
+    Raises:
+      UserError: with a readable difference.
+    """
+    if lines := difference(stored, current, may_change):
+        raise UserError(
+            f"{where} holds a run of another configuration (- stored, + this command); use "
+            "another --workdir, or the stored values:\n" + "\n".join(lines)
+        )
+
+
+def check_alike(stored: dict, current: dict) -> None:
+    """Refuses to join processes that were started with different configurations.
+
+    Args:
+      stored: the configuration of process 0.
+      current: that of this one.
+
+    Raises:
+      UserError: with a readable difference.
+    """
+    if lines := difference(stored, current):
+        raise UserError(
+            f"process {jax.process_index()} was started with another configuration than process 0 "
+            "(- process 0, + this one); start all by the same command:\n" + "\n".join(lines)
+        )
+
+
+def difference(old: dict, new: dict, may_change: tuple[str, ...] = ()) -> list[str]:
+    """The fields that differ, but those whose names start with one of ``may_change``, in lines."""
+    old, new = _flatten(old), _flatten(new)
+    lines = []
+    for name in sorted(set(old) | set(new)):
+        same = (name in old) == (name in new) and old.get(name) == new.get(name)
+        if not same and not name.startswith(may_change):
+            lines += [f" - {name} = {old[name]!r}"] if name in old else []
+            lines += [f" + {name} = {new[name]!r}"] if name in new else []
+    return lines
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _lists(item) for name, item in value.items()}
+    return list(map(_lists, value)) if isinstance(value, tuple | list) else value
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        name: value
+        for key, item in tree.items()
+        for name, value in _flatten(item, f"{prefix}.{key}" if prefix else key).items()
+    }

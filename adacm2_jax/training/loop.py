@@ -1,0 +1,140 @@
+"""The training loop: evaluate, fetch, step, log, save, in this order at every step."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from adacm2_jax.errors import UserError
+from adacm2_jax.progress import Progress, compiling
+from adacm2_jax.training.step import Batch, TrainState, explain_nonfinite
+
+
+@dataclasses.dataclass(frozen=True)
+class Every:
+    """Steps between two of a kind; 0: never before the last step."""
+
+    log: int
+    save: int
+    evaluate: int
+
+    def due(self, kind: str, step: int) -> bool:
+        """Whether ``step`` is one of them."""
+        every = getattr(self, kind)
+        return bool(every) and step % every == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Callbacks:
+    """What the loop calls for the run around it; an error of any ends the loop.
+
+    Attributes:
+      begin_step: before a step, with its number.
+      log: metrics of a step, as floats.
+      save: the state; in the background.
+      check: raises what a save in the background has run into; does not wait.
+      wait: until all that is being saved is complete.
+      evaluate: the state.
+      newest: the newest step that is saved, or None.
+      asked: the signal that asks to stop, 0 if there is none; the same in every process.
+      stop: ends the run after a step, for a signal; does not return.
+    """
+
+    begin_step: Callable[[int], None]
+    log: Callable[[int, dict], None]
+    save: Callable[[TrainState], None]
+    check: Callable[[], None]
+    wait: Callable[[], None]
+    evaluate: Callable[[TrainState], Any]
+    newest: Callable[[], int | None]
+    asked: Callable[[], int]
+    stop: Callable[[int, int], None]
+
+
+def train(
+    state: TrainState,
+    batches: Iterator[Batch],
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, dict]],
+    *,
+    last: int,
+    mesh: Mesh,
+    every: Every,
+    run: Callbacks,
+) -> TrainState:
+    """Takes the steps up to ``last`` and returns the state after it, saved.
+
+    What a step reports is fetched when the next one is on its way, so that the device does not wait
+    for the host; it is fetched before anything is saved.
+
+    Args:
+      state: it goes on from.
+      batches: endless, on the mesh.
+      train_step: of ``make_train_step``.
+      last: the run's last step.
+      mesh: of the state.
+      every: how often.
+      run: what is called.
+
+    Raises:
+      UserError: at the first loss or gradient that is not finite.
+    """
+    first = int(state.step) + 1
+    pending: list[tuple[int, dict]] = []
+    progress = Progress("train", total=last, initial=first - 1, unit="steps")
+
+    def settle() -> None:
+        """Fetches what the newest step has reported."""
+        while pending:
+            step, metrics = pending.pop(0)
+            metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            if reason := explain_nonfinite(state, metrics):
+                raise UserError(
+                    f"step {step}: {reason}. Lower optim.learning_rate or optim.clip_norm, or look "
+                    f"at init_from; the newest checkpoint is {run.newest()}"
+                )
+            progress.update(1, loss=metrics["loss"], accuracy=metrics["token_accuracy"])
+            if every.due("log", step) or step == last:
+                run.log(step, metrics)
+
+    def stop_if_asked(step: int) -> None:
+        run.wait()  # which may take long
+        if number := run.asked():
+            run.stop(step, number)
+
+    with progress:
+        for step in range(first, last + 1):
+            run.begin_step(step)
+            # Before the step after it, so that a resumed run makes up for a missed one.
+            if step > 1 and every.due("evaluate", step - 1):
+                settle()
+                run.save(state)
+                stop_if_asked(step - 1)
+                run.evaluate(state)
+            batch = next(batches)
+            with jax.set_mesh(mesh), _said(step == first):
+                state, metrics = train_step(state, batch)
+                if step == first or _must_wait(mesh):
+                    jax.block_until_ready(metrics)
+            settle()
+            pending.append((step, metrics))
+            run.check()
+            asked = run.asked()
+            if every.due("save", step) or step == last or asked:
+                settle()
+                run.save(state)
+            if asked:
+                run.stop(step, asked)
+        stop_if_asked(last)
+    return state
+
+
+def _said(first: bool) -> contextlib.AbstractContextManager:
+    return compiling("the training step") if first else contextlib.nullcontext()
+
+
+def _must_wait(mesh: Mesh) -> bool:
+    """Devices that share the host's cores wait for each other for ever if steps overlap."""
+    return mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"

@@ -1,0 +1,72 @@
+"""The clips that an experiment trains on: decoded on demand, decoded before, or as features."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+
+from adacm2_jax.errors import DataError
+from data.cache import cached_clips
+from data.feature_cache.cache import open_features
+from data.jsonl import Example, JsonlSource
+from data.pipeline import LoadClip, clips
+
+
+def clip_loader(experiment: Any) -> LoadClip:
+    """How a training clip of an experiment is read.
+
+    Raises:
+      UserError: if a clip has not room for all frames of the sampling.
+    """
+    data = experiment.data
+    return LoadClip(
+        experiment.clip_sampling,
+        experiment.train.num_frames,
+        experiment.model.vision.image_size,
+        data.jitter,
+        data.on_truncated,
+        data.resize,
+    )
+
+
+def training_set(
+    experiment: Any, source: Sequence[Example], vision: dict[str, Any]
+) -> grain.MapDataset:
+    """Clips to train on, for ``data.pipeline.training_batches``.
+
+    Args:
+      experiment: whose ``data`` says where they come from.
+      source: of the examples.
+      vision: what features depend on in the ViT, as JSON values.
+
+    Raises:
+      DataError: for a cache that was made from something else, or a disk without room.
+    """
+    data, model, load = experiment.data, experiment.model, clip_loader(experiment)
+    if data.features:
+        shape = (load.num_frames, model.vision.tokens_per_frame, model.vision.width)
+        result = "bfloat16" if model.feature_dtype == "bfloat16" else "float32"
+        return open_features(data.features, source, load, vision, shape, result)
+    if data.cache:
+        return cached_clips(source, load, data.cache_dir, data.workers)
+    return clips(source, load)
+
+
+def warn_of_missing(source: Sequence[Example], what: str) -> None:
+    """Says on stderr how many videos of JSON lines are no files.
+
+    Raises:
+      DataError: if none is one.
+    """
+    missing = source.missing_videos() if isinstance(source, JsonlSource) else []
+    if not missing:
+        return
+    if len(missing) == len({example.video for example in source}):
+        raise DataError(
+            f"{source.path}: none of its videos is there, the first is {missing[0]}; paths are "
+            "relative to the JSON-lines file"
+        )
+    print(f"warning: {len(missing)} {what} are missing: {missing[0]} …", file=sys.stderr)
