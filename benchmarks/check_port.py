@@ -128,7 +128,7 @@ def answer(weights: pathlib.Path, frames: int, dtype: str) -> None:
     state = init_state(config, jnp.full((1,), frames, jnp.int32))
     stream = jax.jit(lambda params, *args: call(model, params, "read", *args))
     state = stream(params, features, np.ones((1, frames), bool), question, state)
-    tokens = np.asarray(call(model, params, "visual_tokens", state), np.float32)
+    tokens = np.asarray(call(model, params, "visual_tokens", state.queries), np.float32)
     seconds = time.perf_counter() - start
     assert tokens.shape == (1, config.qformer.num_queries, config.llm.width)
     assert np.isfinite(tokens).all() and tokens.std() > 0

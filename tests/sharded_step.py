@@ -29,7 +29,7 @@ from adacm2_jax.training.step import (
 from tests.small import small_model
 
 ROWS, FRAMES = 8, 7
-HOW = StepConfig(chunk=2)
+OPTIONS = StepConfig(chunk=2)
 GROUPS = (("vision/.*", None), (".*", 1.0))
 
 
@@ -115,7 +115,7 @@ def step_on(mesh, config) -> tuple[dict, dict, dict, dict]:
     batch = shard_batch(make_batch(config), mesh)
     assert len(batch.frames.addressable_shards) == mesh.size
     with jax.set_mesh(mesh):
-        train_step = make_train_step(config, rule, 0, state, HOW).lower(state, batch).compile()
+        train_step = make_train_step(config, rule, 0, state, OPTIONS).lower(state, batch).compile()
     state, metrics = train_step(state, batch)
     moments = jax.tree.map(np.asarray, state.opt_state[1][0].mu)
     state, _ = train_step(state, batch)  # refuses a state that lies elsewhere than the first one
@@ -134,7 +134,7 @@ def loss_of_three_videos(mesh, config) -> float:
     )
     with jax.set_mesh(mesh):
         loss = jax.jit(loss_fn, static_argnums=(3, 5))
-        return float(loss(learned, frozen, batch, config, jax.random.key(0), HOW)[0])
+        return float(loss(learned, frozen, batch, config, jax.random.key(0), OPTIONS)[0])
 
 
 def main() -> None:

@@ -1,7 +1,14 @@
 """Videos in chunks, questions in text, answers out: inference with everything compiled once.
 
-One :class:`Answerer` may run several memory policies over the same frames, which pass through the
-ViT once: that is how policies are compared, and why their differences are the policies' own.
+The functions are in ``steps.py``; an :class:`Answerer` holds what they are called with, and a
+:class:`Reading` what they leave.
+
+One answerer may run several memory policies over the same frames, which pass through the ViT once:
+that is how policies are compared, and why their differences are the policies' own.
+
+Any number of questions is served by few programs: the questions of a video are filled up to 1, 2,
+4, 8, 16, 32, 64, 96 … rows (:func:`bucket`), and what is answered in the rows that fill up is
+dropped.
 """
 
 import contextlib
@@ -17,11 +24,21 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from adacm2_jax.config import AdaCM2Config, MemoryConfig
 from adacm2_jax.errors import UserError
-from adacm2_jax.inference.generate import GenerationConfig, generate
+from adacm2_jax.inference import evidence, steps
+from adacm2_jax.inference.generate import GenerationConfig
 from adacm2_jax.inference.processor import Processor
-from adacm2_jax.inference.steps import encode, read
 from adacm2_jax.models.adacm2 import AdaCM2, Question, StreamState, init_state, state_specs
 from adacm2_jax.sharding import ROWS, to_host
+
+#: Rows are counted in powers of two up to this many, then in multiples of it.
+_FEW = 32
+
+
+def bucket(count: int) -> int:
+    """The rows that ``count`` rows are filled up to: the next power of two, or multiple of 32."""
+    if count > _FEW:
+        return -(-count // _FEW) * _FEW
+    return 1 << (count - 1).bit_length()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,21 +54,45 @@ class Answer:
     score: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Likelihoods:
+    """How probable given texts are as answers to one question.
+
+    Attributes:
+      log_probs: float32[n]: the summed log-probability of each text's tokens.
+      tokens: int32[n]: how many these are, the end token included.
+    """
+
+    log_probs: np.ndarray
+    tokens: np.ndarray
+
+
 @dataclasses.dataclass
 class Reading:
     """Some videos being read, with what each policy makes of them.
 
     Attributes:
-      question: of every row, on the device.
+      texts: the questions, one a row.
+      rows: int[rows]: where they stand among the filled-up rows of ``question`` and ``states``.
+      question: of every filled-up row, on the device.
       rng: for sampling; the same for every policy.
+      order: int32[filled-up rows], on the device: what each of them samples by.
       states: by policy.
-      seconds: by policy, time spent so far; what all policies share is counted for each.
+      videos: how many there are.
+      began: ``time.perf_counter()`` at the start.
+      seconds: of the whole pass, from the start to the end of the latest call. Chunks are computed
+        while the caller decodes the next ones, for all policies, so it is not told apart further.
     """
 
+    texts: list[str]
+    rows: np.ndarray
     question: Question
     rng: jax.Array
+    order: jax.Array
     states: dict[str, StreamState]
-    seconds: dict[str, float]
+    videos: int
+    began: float
+    seconds: float = 0.0
 
 
 class Answerer:
@@ -83,6 +124,8 @@ class Answerer:
         sharding = jax.tree.leaves(params)[0].sharding
         #: Where the parameters lie; None on a single device.
         self._mesh: Any = sharding.mesh if isinstance(sharding, NamedSharding) else None
+        #: For what does not depend on the policy.
+        self._model = steps.any_policy(config)
         self.models = {
             name: AdaCM2(dataclasses.replace(config, memory=memory))
             for name, memory in memories.items()
@@ -94,15 +137,22 @@ class Answerer:
         """Empty memories for rows of questions.
 
         Args:
-          questions: one a row; the k rows of one video stand together.
-          total_frames: int[B], frames that each row's video will have, 0 for an open end.
-          seed: uint32[B], of each row's video, for the random policy.
+          questions: k for each of V videos; those of one video stand together.
+          total_frames: int[V], frames that each video will have, 0 for an open end.
+          seed: uint32[V], of each video, for the random policy.
 
         Raises:
           UserError: if a question is too long, or policy ``full`` cannot hold a video.
+          ValueError: if the questions do not divide over the videos.
         """
-        question = self._processor.questions(questions)
-        longest = int(np.max(total_frames))
+        began = time.perf_counter()
+        texts, videos = list(questions), len(total_frames)
+        if not videos or not texts or len(texts) % videos or len(seed) != videos:
+            raise ValueError(
+                f"{len(texts)} question(s) and {len(seed)} seed(s) for {videos} video(s): give as "
+                "many questions for each video, and one length and one seed a video"
+            )
+        longest = int(np.max(np.asarray(total_frames)))
         for name, model in self.models.items():
             memory = model.config.memory
             if memory.policy == "full" and longest > memory.max_frames:
@@ -110,14 +160,140 @@ class Answerer:
                     f"policy {name!r} holds at most {memory.max_frames} frames, the video has "
                     f"{longest}; raise memory.max_frames (for eval.py: eval.full_frames)"
                 )
-        states = {
-            name: init_state(model.config, jnp.asarray(total_frames), jnp.asarray(seed))
-            for name, model in self.models.items()
-        }
+        each = len(texts) // videos
+        filled = bucket(each)
+        # A row that fills up is the video's last question once more: it ends when that one does.
+        order = np.minimum(np.arange(filled), each - 1) + each * np.arange(videos)[:, None]
+        rows = (np.arange(each) + filled * np.arange(videos)[:, None]).reshape(-1)
+        order = order.reshape(-1).astype(np.int32)
+        question = self._processor.questions([texts[row] for row in order])
+        per_row: Any = [np.repeat(np.asarray(each), filled) for each in (total_frames, seed)]
+        states = {name: init_state(model.config, *per_row) for name, model in self.models.items()}
         self._rng, rng = jax.random.split(self._rng)
-        question = self._put(question, jax.tree.map(lambda _: ROWS, question))
-        states = {name: self._put(state, state_specs(state)) for name, state in states.items()}
-        return Reading(question, rng, states, dict.fromkeys(states, 0.0))
+        return Reading(
+            texts=texts,
+            rows=rows,
+            question=self._put(question, jax.tree.map(lambda _: ROWS, question)),
+            rng=rng,
+            order=self._put(order, ROWS),
+            states={name: self._put(state, state_specs(state)) for name, state in states.items()},
+            videos=videos,
+            began=began,
+            seconds=time.perf_counter() - began,
+        )
+
+    def read(self, reading: Reading, frames: np.ndarray, valid: np.ndarray) -> None:
+        """Reads a chunk into every policy's memory.
+
+        Returns when the chunk before has been read; this one may still be under way.
+
+        Args:
+          reading: changed in place.
+          frames: uint8[V, F, height, width, 3]; F is the same at every call.
+          valid: bool[V, F].
+
+        Raises:
+          ValueError: for frames of another number of videos.
+        """
+        if len(frames) != reading.videos:
+            raise ValueError(
+                f"frames of {len(frames)} video(s), but the reading was started for "
+                f"{reading.videos}"
+            )
+        frames, valid = self._put((frames, valid), (ROWS, ROWS))
+        with self._on_mesh():
+            features = steps.encode(self._model, self._params, frames)
+        if self._in_lock_step():
+            jax.block_until_ready(features)
+        # Two chunks at most are on the device: the one before ends while this one is encoded.
+        jax.block_until_ready(reading.states)
+        for name, model in self.models.items():
+            state = reading.states[name]
+            with self._on_mesh():
+                state = steps.read(model, self._params, features, valid, reading.question, state)
+            # Labelled alike, whatever the compiler chose: one program serves every chunk.
+            reading.states[name] = self._put(state, state_specs(state))
+            if self._in_lock_step():
+                jax.block_until_ready(reading.states[name])
+        reading.seconds = time.perf_counter() - reading.began
+
+    def answer(self, reading: Reading, name: str) -> list[list[Answer]]:
+        """The answers under one policy: for each row the n best, best first.
+
+        Raises:
+          UserError: if the visual tokens are not finite (damaged weights, or an overflow).
+        """
+        queries = self._queries(reading, name)
+        options = self._generation, reading.rng, reading.order
+        with self._on_mesh():
+            found = steps.answer(self._model, self._params, queries, reading.question, *options)
+        ids, scores = to_host((found.ids, found.scores))
+        reading.seconds = time.perf_counter() - reading.began
+        return [
+            [
+                Answer(self._processor.decode(ids[row, best]), float(scores[row, best]))
+                for best in range(ids.shape[1])
+            ]
+            for row in reading.rows
+        ]
+
+    def log_likelihoods(
+        self, reading: Reading, name: str, candidates: Sequence[Sequence[str]]
+    ) -> list[Likelihoods]:
+        """How probable given texts are as answers, under one policy.
+
+        Args:
+          reading: after the last frame.
+          name: of the policy.
+          candidates: for each row the texts, of any number.
+
+        Raises:
+          UserError: if a candidate is too long, or the visual tokens are not finite.
+          ValueError: if there are candidates for another number of rows.
+        """
+        if len(candidates) != len(reading.texts):
+            raise ValueError(
+                f"candidates for {len(candidates)} row(s), but there are {len(reading.texts)}"
+            )
+        queries = self._queries(reading, name)
+        pairs = [(row, text) for row, texts in enumerate(candidates) for text in texts]
+        log_probs = np.zeros(len(pairs), np.float32)
+        tokens = np.zeros(len(pairs), np.int32)
+        size = min(bucket(len(pairs)), _FEW) if pairs else 0
+        for start in range(0, len(pairs), size or 1):
+            part = pairs[start : start + size]
+            filled = part + [part[-1]] * (size - len(part))
+            rows, texts = zip(*filled, strict=True)
+            asked = [reading.texts[row] for row in rows]
+            question, targets = self._processor.candidates(asked, texts)
+            places = self._put(reading.rows[list(rows)].astype(np.int32), ROWS)
+            given = self._put((question, targets), (jax.tree.map(lambda _: ROWS, question), ROWS))
+            with self._on_mesh():
+                found = steps.log_likelihood(self._model, self._params, queries, places, *given)
+            log_probs[start : start + size] = to_host(found)[: len(part)]
+            tokens[start : start + size] = targets.sum(1)[: len(part)]
+        reading.seconds = time.perf_counter() - reading.began
+        ends = np.cumsum([len(texts) for texts in candidates])[:-1]
+        each = zip(np.split(log_probs, ends), np.split(tokens, ends), strict=True)
+        return [Likelihoods(*arrays) for arrays in each]
+
+    def remembered(self, reading: Reading, name: str) -> list[evidence.Remembered]:
+        """What each row still holds of its video under one policy."""
+        return evidence.remembered(reading.states[name], reading.rows)
+
+    def kept_patches(self, reading: Reading, name: str, row: int) -> list[np.ndarray]:
+        """The (frame, patch) pairs that one row holds, layer by layer; see ``evidence.py``."""
+        return evidence.kept_patches(reading.states[name], int(reading.rows[row]))
+
+    def _queries(self, reading: Reading, name: str) -> jax.Array:
+        """What the last frame left of the queries under one policy, once that is known."""
+        queries = reading.states[name].queries
+        if not bool(jnp.isfinite(queries).all()):
+            raise UserError(
+                "the visual tokens are not finite: the parameters hold NaN or overflow in "
+                f"{self._model.config.dtype}; check the checkpoint, or use dtype float32"
+            )
+        return queries
 
     def _put(self, tree: Any, specs: Any) -> Any:
         """On the mesh: divided as ``specs`` say where the videos divide, else everywhere."""
@@ -131,57 +307,12 @@ class Answerer:
 
         return jax.device_put(tree, jax.tree.map(place, tree, specs))
 
-    def read(self, reading: Reading, frames: np.ndarray, valid: np.ndarray) -> None:
-        """Reads a chunk into every policy's memory.
-
-        Args:
-          reading: changed in place.
-          frames: uint8[videos, F, height, width, 3]; F is the same at every call.
-          valid: bool[videos, F].
-        """
-        start = time.perf_counter()
-        model = next(iter(self.models.values()))
-        frames, valid = self._put((frames, valid), (ROWS, ROWS))
-        with self._on_mesh():
-            features = jax.block_until_ready(encode(model, self._params, frames))
-        shared = time.perf_counter() - start
-        for name, model in self.models.items():
-            start = time.perf_counter()
-            state = reading.states[name]
-            with self._on_mesh():
-                state = read(model, self._params, features, valid, reading.question, state)
-            # Labelled alike, whatever the compiler chose: one program serves every chunk.
-            reading.states[name] = jax.block_until_ready(self._put(state, state_specs(state)))
-            reading.seconds[name] += shared + time.perf_counter() - start
-
     def _on_mesh(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
-    def answer(self, reading: Reading, name: str) -> list[list[Answer]]:
-        """The answers under one policy: for each row the n best, best first.
-
-        Raises:
-          UserError: if the visual tokens are not finite (damaged weights, or an overflow).
-        """
-        start = time.perf_counter()
-        state = reading.states[name]
-        if not bool(jnp.isfinite(state.queries).all()):
-            raise UserError(
-                "the visual tokens are not finite: the parameters hold NaN or overflow in "
-                f"{self.models[name].config.dtype}; check the checkpoint, or use dtype float32"
-            )
-        model, options = self.models[name], (self._generation, reading.rng)
-        with self._on_mesh():
-            generated = _generate(model, self._params, state, reading.question, *options)
-        ids, scores = to_host((generated.ids, generated.scores))
-        reading.seconds[name] += time.perf_counter() - start
-        return [
-            [
-                Answer(self._processor.decode(ids[row, best]), float(scores[row, best]))
-                for best in range(ids.shape[1])
-            ]
-            for row in range(ids.shape[0])
-        ]
-
-
-_generate = jax.jit(generate, static_argnums=(0, 4))
+    def _in_lock_step(self) -> bool:
+        """Whether steps must not overlap: devices that share the cores of a CPU may wait for each
+        other for ever."""
+        if self._mesh is None or self._mesh.size == 1:
+            return False
+        return self._mesh.devices.flat[0].platform == "cpu"

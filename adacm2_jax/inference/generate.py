@@ -22,7 +22,7 @@ import numpy as np
 from flax import struct
 
 from adacm2_jax.errors import UserError
-from adacm2_jax.models.adacm2 import AdaCM2, Question, StreamState, call
+from adacm2_jax.models.adacm2 import AdaCM2, Question, call
 from adacm2_jax.models.llama import KVCache
 
 #: (int32[R] newest token of each row, cache) → (float32[R, vocabulary] logits of the next, cache).
@@ -152,7 +152,7 @@ class DecodeState(struct.PyTreeNode):
 def generate(
     model: AdaCM2,
     params: Any,
-    state: StreamState,
+    queries: jax.Array,
     question: Question,
     config: GenerationConfig,
     rng: jax.Array | None = None,
@@ -162,7 +162,7 @@ def generate(
     Args:
       model: the model.
       params: its parameters, unboxed.
-      state: after the last frame.
+      queries: [B, N, E], of a state after the last frame.
       question: its ``llm_ids`` int32[B, S] hold the prompt, padded on the **left**.
       config: how to decode.
       rng: needed to sample, as made by ``jax.random.key``: one key (row i uses ``fold_in(rng,
@@ -186,7 +186,7 @@ def generate(
 
     # The newest token is never fed, so the cache needs one place less than the answer has.
     length = prompt + config.max_new_tokens - 1
-    logits, cache = call(model, params, "prefill", state, question, length)
+    logits, cache = call(model, params, "prefill", queries, question, length)
     return search(logits, cache, partial(call, model, params, "decode"), config, rng)
 
 

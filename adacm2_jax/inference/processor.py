@@ -130,6 +130,23 @@ class Processor:
         targets = llm_mask & (place >= starts)
         return Question(qformer_ids, qformer_mask, llm_ids, llm_mask), targets
 
+    def candidates(
+        self, questions: Sequence[str], answers: Sequence[str]
+    ) -> tuple[Question, np.ndarray]:
+        """:meth:`training` for answers that count whole.
+
+        Raises:
+          UserError: for an answer that is longer than the limit.
+        """
+        for answer in answers:
+            count = len(self._llm(answer, add_special_tokens=False)["input_ids"]) + 1
+            if count > self._max_answer:
+                raise UserError(
+                    f"the candidate {_short(answer)!r} has {count} tokens with its end; the limit "
+                    f"is {self._max_answer} (max_answer_len): shorten it"
+                )
+        return self.training(questions, answers)
+
     def decode(self, ids: np.ndarray) -> str:
         """Generated ids, int[S], up to the first end token, as text."""
         tokens = ids.tolist()

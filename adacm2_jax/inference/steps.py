@@ -1,17 +1,32 @@
-"""The two compiled steps that read a video, on one device or on a mesh of them.
+"""The compiled steps of inference, on one device or on a mesh of them: pure functions.
 
-Every device reads its own videos (:func:`~adacm2_jax.sharding.on_every_shard`); where the videos do
-not divide over the mesh axis ``data``, all devices read all of them.
+To read, every device reads its own videos (:func:`~adacm2_jax.sharding.on_every_shard`); where the
+videos do not divide over the mesh axis ``data``, all devices read all of them.
+
+What comes after the last frame sees the query rows alone. So :func:`answer` and
+:func:`log_likelihood` do not depend on the memory policy: given one model for all policies (see
+:func:`any_policy`), each is one program for them all.
 """
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
 
+from adacm2_jax.config import AdaCM2Config, MemoryConfig
+from adacm2_jax.inference.generate import Generated, GenerationConfig, generate
+from adacm2_jax.models import before_last
 from adacm2_jax.models.adacm2 import AdaCM2, Question, StreamState, call, state_specs
+from adacm2_jax.models.before_last import BeforeLast
 from adacm2_jax.models.params import replicated_parts
 from adacm2_jax.sharding import ROWS, on_every_shard
+
+
+def any_policy(config: AdaCM2Config) -> AdaCM2:
+    """The model without its memory policy, for the steps that do not depend on it."""
+    return AdaCM2(dataclasses.replace(config, memory=MemoryConfig()))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -39,8 +54,100 @@ def read(
     specs = state_specs(state)
     run = on_every_shard(
         lambda *arrays: call(model, arrays[0], "read", *arrays[1:]),
-        len(valid),
+        len(features),
         (PartitionSpec(), ROWS, ROWS, ROWS, specs),
         specs,
     )
     return run(replicated_parts(params), features, valid, question, state)
+
+
+def _specs(before: BeforeLast) -> Any:
+    rows: Any = ROWS
+    return BeforeLast(state_specs(before.state), rows, rows)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def hold_back(
+    model: AdaCM2,
+    params: dict,
+    before: BeforeLast,
+    features: jax.Array,
+    valid: jax.Array,
+    question: Question,
+) -> BeforeLast:
+    """A chunk into the memory but for its newest frame; see ``models/before_last.py``.
+
+    ``before`` is donated.
+    """
+    specs = _specs(before)
+    run = on_every_shard(
+        functools.partial(before_last.hold_back, model),
+        len(features),
+        (PartitionSpec(), specs, ROWS, ROWS, ROWS),
+        specs,
+    )
+    return run(replicated_parts(params), before, features, valid, question)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def ask(model: AdaCM2, params: dict, before: BeforeLast, question: Question) -> jax.Array:
+    """What the newest frame leaves of the queries when this is asked, [k · V, N, E].
+
+    See ``before_last.read_last``; ``before`` is not touched.
+    """
+    specs = _specs(before)
+    run = on_every_shard(
+        lambda *arrays: before_last.read_last(model, *arrays).queries,
+        len(before.held),
+        (PartitionSpec(), specs, ROWS),
+        ROWS,
+    )
+    return run(replicated_parts(params), before, question)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def answer(
+    model: AdaCM2,
+    params: dict,
+    queries: jax.Array,
+    question: Question,
+    config: GenerationConfig,
+    rng: jax.Array,
+    rows: jax.Array,
+) -> Generated:
+    """Answers to B questions; see ``generate.generate``.
+
+    Args:
+      model, params: of the language model.
+      queries: [B, N, E], of a state after the last frame.
+      question: one a row.
+      config: how to decode.
+      rng: one key.
+      rows: int32[B]: row i samples with ``fold_in(rng, rows[i])``.
+    """
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, rows)
+    return generate(model, params, queries, question, config, keys)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def log_likelihood(
+    model: AdaCM2,
+    params: dict,
+    queries: jax.Array,
+    rows: jax.Array,
+    question: Question,
+    targets: jax.Array,
+) -> jax.Array:
+    """The summed log-probability of given answers; see ``AdaCM2.log_likelihood``.
+
+    Args:
+      model, params: of the language model.
+      queries: [B, N, E], of a state after the last frame.
+      rows: int32[n]: whose answer each one is.
+      question: of n rows, prompt and answer.
+      targets: bool[n, S].
+
+    Returns:
+      float32[n].
+    """
+    return call(model, params, "log_likelihood", queries[rows], question, targets)

@@ -22,9 +22,14 @@ Axes: B videos, M frames of a bank, R rows a frame, W their width, L groups of t
 self-attention layers in each.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec
+
+from adacm2_jax.config import AdaCM2Config
 
 #: A vector shorter than this counts as this long, as in PyTorch's cosine similarity.
 EPSILON = 1e-8
@@ -42,17 +47,49 @@ class Bank(struct.PyTreeNode):
 
 
 class BankMemory(struct.PyTreeNode):
-    """All banks of a Q-Former."""
+    """All banks of a Q-Former: the memory of policy ``merge``, beside ``slots.VideoMemory``."""
 
     #: its rows are the P visual tokens of a frame.
     visual: Bank
     #: leaves [L, G, B, …]; its rows are those of the joint sequence, queries first.
     hidden: Bank
 
+    @staticmethod
+    def check(config: AdaCM2Config) -> None:
+        """Every bank has its bound: it holds ``bank_frames`` frames."""
+
+    @classmethod
+    def empty(cls, config: AdaCM2Config, batch: int) -> "BankMemory":
+        """Before the first frame of B = ``batch`` videos."""
+        q, vision, frames = config.qformer, config.vision, config.memory.bank_frames
+        layers = (q.num_cross_layers, q.cross_attention_every)
+        rows = q.num_queries + config.max_text_len
+        return cls(
+            visual=init_bank((batch,), frames, vision.tokens_per_frame, vision.width),
+            hidden=init_bank((*layers, batch), frames, rows, q.width),
+        )
+
+    def specs(self) -> Any:
+        """A ``PartitionSpec`` for every leaf: divided over ``data``, by its videos."""
+        return BankMemory(
+            visual=jax.tree.map(lambda _: PartitionSpec("data"), self.visual),
+            hidden=jax.tree.map(lambda _: PartitionSpec(None, None, "data"), self.hidden),
+        )
+
     @property
-    def length(self) -> jax.Array:
-        """int32[B]: how many visual tokens are live, as in ``VideoMemory``."""
+    def tokens_kept(self) -> jax.Array:
+        """int32[B]: how many visual tokens are held."""
         return self.visual.count * self.visual.sizes.shape[-1]
+
+    def sources(self, config: AdaCM2Config) -> tuple[jax.Array, jax.Array]:
+        """Twice int32[0, B, 0]: a mean is of many frames, so it comes from none."""
+        none = jnp.zeros((0, *self.visual.count.shape, 0), jnp.int32)
+        return none, none
+
+    def in_time_order(self) -> dict[str, jax.Array]:
+        """As of ``VideoMemory``, for no layers and no tokens; leaves [0, B, 0]."""
+        none = jnp.zeros((0, *self.visual.count.shape, 0), jnp.int32)
+        return dict(frame=none, patch=none, score=none.astype(jnp.float32), live=none > 0)
 
 
 def init_bank(lead: tuple[int, ...], frames: int, rows: int, width: int) -> Bank:

@@ -22,18 +22,26 @@ The policy ``merge`` drops nothing, so it has no counts: it is in ``banks.py``.
 """
 
 import dataclasses
+import functools
 from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adacm2_jax.config import MemoryConfig, as_fraction
+from adacm2_jax.config import AdaCM2Config, MemoryConfig, as_fraction
 from adacm2_jax.errors import UserError
 
 #: What ranks the older tokens: the attention they receive, or a number fixed on arrival.
 ATTENTION, STRIDE, RANDOM = "attention", "stride", "random"
-_RANKING = {"uniform": STRIDE, "random": RANDOM}
+_RANKING = {
+    "adacm2": ATTENTION,
+    "full": ATTENTION,
+    "recent": ATTENTION,
+    "budget": ATTENTION,
+    "uniform": STRIDE,
+    "random": RANDOM,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,15 +86,16 @@ def capacity_bound(tokens_per_frame: int, recent_ratio: Fraction, conserve_ratio
     return int(tokens_per_frame * kept / (1 - kept))
 
 
+@functools.lru_cache(maxsize=64)
 def retention_plan(config: MemoryConfig, tokens_per_frame: int, num_layers: int) -> RetentionPlan:
     """Builds the counts of a policy for ``num_layers`` cross-attention layers.
 
     Raises:
       UserError: for per-layer ratios of another length, or ratios that keep everything.
-      ValueError: for policy ``merge``.
+      ValueError: for a policy that drops no tokens.
     """
-    if config.policy == "merge":
-        raise ValueError("policy 'merge' has no counts of tokens to plan: see banks.py")
+    if config.policy not in _RANKING:
+        raise ValueError(f"policy {config.policy!r} has no counts of tokens to plan: see banks.py")
     if config.policy == "full":
         capacity = config.max_frames * tokens_per_frame
         recent = np.minimum(np.arange(capacity + tokens_per_frame + 1), capacity)
@@ -113,9 +122,23 @@ def retention_plan(config: MemoryConfig, tokens_per_frame: int, num_layers: int)
     recent, older = counts[..., 0], counts[..., 1]
     if config.policy == "recent":
         recent, older = recent + older, 0 * older
-    elif config.policy in _RANKING:
+    elif config.policy != "adacm2":
         recent, older = 0 * recent, recent + older
-    return _plan(capacity, recent, older, _RANKING.get(config.policy, ATTENTION))
+    return _plan(capacity, recent, older, _RANKING[config.policy])
+
+
+def plan_for(config: AdaCM2Config) -> RetentionPlan:
+    """The counts of a model's memory; raises as :func:`retention_plan` does."""
+    return retention_plan(
+        config.memory, config.vision.tokens_per_frame, config.qformer.num_cross_layers
+    )
+
+
+def layers_alike(config: AdaCM2Config) -> bool:
+    """Whether all layers hold the same tokens, in the same slots, whatever they attend to."""
+    plan = plan_for(config)
+    alike = (plan.recent == plan.recent[0]).all() and (plan.older == plan.older[0]).all()
+    return bool(alike) and (not plan.older.any() or plan.ranking == STRIDE)
 
 
 def arrival_rank(

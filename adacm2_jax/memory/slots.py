@@ -15,20 +15,27 @@ goes to the first P free slots; dropping a token means moving its slot number be
 So a step writes P rows instead of copying C of them twice (concatenate, then gather), shapes never
 change, and the time order is always at hand.
 
-Axes: B videos, F frames of a chunk, P tokens a frame, H heads, D head width, N queries, S slots.
+Axes: B videos, F frames of a chunk, P tokens a frame, H heads, D head width, N queries, R text
+rows, S slots, L cross-attention layers.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec
 
-from adacm2_jax.memory.policies import ATTENTION, arrival_rank
+from adacm2_jax.config import AdaCM2Config
+from adacm2_jax.memory.policies import ATTENTION, arrival_rank, layers_alike, plan_for
 
 
 class VideoMemory(struct.PyTreeNode):
     """What one cross-attention layer remembers of B videos.
 
-    In a Q-Former the leaves are stacked over its L cross-attention layers: ``[L, B, …]``.
+    In a Q-Former the leaves are stacked over its L cross-attention layers: ``[L, B, …]``. That is
+    the memory of every policy but ``merge``, whose ``banks.BankMemory`` has the same methods.
     """
 
     #: [B, H, S, D]: projected keys, by slot.
@@ -45,6 +52,108 @@ class VideoMemory(struct.PyTreeNode):
     slots: jax.Array
     #: int32[B]: how many tokens are live.
     length: jax.Array
+
+    @staticmethod
+    def check(config: AdaCM2Config) -> None:
+        """Raises ``UserError`` if the memory has no bound or does not fit the model."""
+        plan_for(config)
+
+    @classmethod
+    def empty(cls, config: AdaCM2Config, batch: int) -> "VideoMemory":
+        """Of all layers, before the first frame of B = ``batch`` videos."""
+        q, tokens = config.qformer, config.vision.tokens_per_frame
+        head_dim, dtype = q.width // q.num_heads, jnp.dtype(config.memory_dtype)
+        layer = init_memory(batch, q.num_heads, head_dim, plan_for(config).capacity, tokens, dtype)
+        return jax.tree.map(
+            lambda leaf: jnp.broadcast_to(leaf, (q.num_cross_layers,) + leaf.shape), layer
+        )
+
+    def specs(self) -> Any:
+        """A ``PartitionSpec`` for every leaf of all layers: divided over ``data``, by videos."""
+        return jax.tree.map(lambda _: PartitionSpec(None, "data"), self)
+
+    @property
+    def tokens_kept(self) -> jax.Array:
+        """int32[B]: how many tokens the layer holds that holds most."""
+        return self.length.reshape(-1, self.length.shape[-1]).max(0)
+
+    def sources(self, config: AdaCM2Config) -> tuple[jax.Array, jax.Array]:
+        """Where the token in each slot comes from: its frame and its place there.
+
+        Args:
+          config: the model.
+
+        Returns:
+          Twice int32[L, B, S], of no meaning in slots that are free; [1, B, S] where all layers
+          hold the same tokens.
+        """
+        layers = 1 if layers_alike(config) else len(self.slots)
+        return self.frame[:layers], self.patch[:layers]
+
+    def in_time_order(self) -> dict[str, jax.Array]:
+        """Which part of the video is remembered: the live tokens, oldest first.
+
+        Works on the memory of one layer or on the stacked memory of a whole Q-Former.
+
+        Returns:
+          ``frame`` and ``patch`` (int32[…, B, S], -1 behind the live tokens), ``score``
+          (float32[…, B, S], zero there) and ``live`` (bool[…, B, S]).
+        """
+        live = jnp.arange(self.slots.shape[-1]) < self.length[..., None]
+
+        def ordered(values, empty):
+            return jnp.where(live, jnp.take_along_axis(values, self.slots, axis=-1), empty)
+
+        return dict(
+            frame=ordered(self.frame, -1),
+            patch=ordered(self.patch, -1),
+            score=ordered(self.score, 0.0),
+            live=live,
+        )
+
+
+class Frames(struct.PyTreeNode):
+    """Frames as a memory takes them in: projected once, whatever the question.
+
+    The axes are those of one frame in one layer. A chunk has F in front of all of them, and a
+    chunk for all layers L in front of that on keys and values.
+    """
+
+    #: [B, H, P, D]: keys.
+    key: jax.Array
+    #: [B, H, P, D]: values.
+    value: jax.Array
+    #: int32[B]: the number of the frame in its video.
+    index: jax.Array
+    #: bool[B]: false where the frame is padding.
+    valid: jax.Array
+
+    def only(self, place: jax.Array) -> "Frames":
+        """Of a chunk for all layers the one frame at int32[B] ``place`` of each video: F = 1."""
+
+        def pick(leaf, axis):
+            rows = place.reshape((1,) * (axis + 1) + (-1,) + (1,) * (leaf.ndim - axis - 2))
+            return jnp.take_along_axis(leaf, rows, axis=axis)
+
+        return Frames(
+            pick(self.key, 1), pick(self.value, 1), pick(self.index, 0), pick(self.valid, 0)
+        )
+
+
+class Queries(struct.PyTreeNode):
+    """The rows that read a frame, and those of them that score its tokens.
+
+    ``rows`` and ``text`` have F in front where a chunk is read.
+    """
+
+    #: [B, H, N, D]: the rows whose output is wanted.
+    rows: jax.Array
+    #: [B, H, R, D]: further rows that score tokens but have no output; or None.
+    text: jax.Array | None = None
+    #: bool[B, R]: which of those are real.
+    text_mask: jax.Array | None = None
+    #: Whether ``rows`` score too; they always do where no row of ``text`` is real.
+    rows_score: bool = struct.field(pytree_node=False, default=True)
 
 
 class Retention(struct.PyTreeNode):
@@ -85,28 +194,18 @@ def init_memory(
     )
 
 
-def insert(
-    memory: VideoMemory,
-    key: jax.Array,
-    value: jax.Array,
-    frame: jax.Array,
-    valid: jax.Array,
-    score: jax.Array,
-) -> VideoMemory:
+def insert(memory: VideoMemory, frame: Frames, score: jax.Array) -> VideoMemory:
     """Writes a frame into the first free slots. ``length`` still counts the tokens before it.
 
     Args:
       memory: of one layer.
-      key: [B, H, P, D], the frame's keys.
-      value: [B, H, P, D], its values.
-      frame: int32[B], its number in each video.
-      valid: bool[B]; where false the frame is padding and nothing is written.
+      frame: as this layer projects it; nothing is written where it is padding.
       score: float32[B, P], rank on arrival (zeros if the ranking is by attention).
     """
-    tokens, total = key.shape[2], memory.slots.shape[1]
+    tokens, total = frame.key.shape[2], memory.slots.shape[1]
     patch = jnp.arange(tokens, dtype=jnp.int32)
     free = jnp.take_along_axis(memory.slots, memory.length[:, None] + patch, axis=1)
-    free = jnp.where(valid[:, None], free, total + patch)  # out of range: not written
+    free = jnp.where(frame.valid[:, None], free, total + patch)  # out of range: not written
 
     def put(buffer, slot, new):
         return buffer.at[..., slot, :].set(new, mode="drop", unique_indices=True)
@@ -115,11 +214,11 @@ def insert(
         return buffer.at[slot].set(new, mode="drop", unique_indices=True)
 
     return memory.replace(
-        key=jax.vmap(put)(memory.key, free, key),
-        value=jax.vmap(put)(memory.value, free, value),
+        key=jax.vmap(put)(memory.key, free, frame.key),
+        value=jax.vmap(put)(memory.value, free, frame.value),
         score=jax.vmap(put_scalars)(memory.score, free, score),
         frame=jax.vmap(put_scalars)(
-            memory.frame, free, jnp.broadcast_to(frame[:, None], free.shape)
+            memory.frame, free, jnp.broadcast_to(frame.index[:, None], free.shape)
         ),
         patch=jax.vmap(put_scalars)(memory.patch, free, jnp.broadcast_to(patch, free.shape)),
     )
@@ -191,157 +290,94 @@ def retain(
 def read_frame(
     memory: VideoMemory,
     retention: Retention,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    frame: jax.Array,
-    valid: jax.Array,
-    *,
-    score_query: jax.Array | None = None,
-    score_mask: jax.Array | None = None,
-    score_output_rows: bool = True,
-    dropout=None,
+    frame: Frames,
+    queries: Queries,
+    dropout: Callable | None = None,
 ) -> tuple[jax.Array, VideoMemory]:
     """One frame in one cross-attention layer: insert, attend and score, retain.
 
     Args:
       memory: the layer's memory before the frame.
       retention: the layer's counts.
-      query: [B, H, N, D], the rows whose output is wanted.
-      key: [B, H, P, D], the frame's keys.
-      value: [B, H, P, D], its values.
-      frame: int32[B], the frame's number in each video.
-      valid: bool[B]; a padded frame leaves the memory bit-identical.
-      score_query: [B, H, R, D], further rows that score tokens but have no output (text rows).
-      score_mask: bool[B, R], which of those rows are real.
-      score_output_rows: whether the rows of ``query`` score too; they always do where no row of
-        ``score_query`` is real.
+      frame: as this layer projects it; a padded one leaves the memory bit-identical.
+      queries: as this layer projects them.
       dropout: None, or a function of the probabilities (training); scores never see it.
 
     Returns:
       The attended values [B, H, N, D] (of no meaning where the frame is padding), and the memory.
     """
-    memory, count = _arrive(memory, retention, key, value, frame, valid)
+    memory, count = _arrive(memory, retention, frame)
     live = live_slots(memory, count)
-    probs = attention_probs(query, memory, live)
+    probs = attention_probs(queries.rows, memory, live)
     if retention.ranking == ATTENTION:
         score = probs.sum((1, 2))
-        if score_query is not None and score_mask is not None:
-            text = attention_probs(score_query, memory, live)
-            text = jnp.einsum("bhrs,br->bs", text, score_mask.astype(text.dtype))
+        if queries.text is not None and queries.text_mask is not None:
+            text = attention_probs(queries.text, memory, live)
+            text = jnp.einsum("bhrs,br->bs", text, queries.text_mask.astype(text.dtype))
             # Where nothing is asked no text row can score: the query rows do.
-            counts = score_output_rows | ~score_mask.any(1, keepdims=True)
+            counts = queries.rows_score | ~queries.text_mask.any(1, keepdims=True)
             score = text + jnp.where(counts, score, 0)
         score = jax.lax.stop_gradient(score).astype(memory.score.dtype)
-        memory = memory.replace(score=jnp.where(valid[:, None], score, memory.score))
+        memory = memory.replace(score=jnp.where(frame.valid[:, None], score, memory.score))
     if dropout is not None:
         probs = dropout(probs)
-    output = jnp.einsum("bhns,bhsd->bhnd", probs.astype(value.dtype), memory.value)
-    return output, retain(memory, count, retention, valid)
+    output = jnp.einsum("bhns,bhsd->bhnd", probs.astype(frame.value.dtype), memory.value)
+    return output, retain(memory, count, retention, frame.valid)
 
 
 def read_frames(
     memory: VideoMemory,
     retention: Retention,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    frame: jax.Array,
-    valid: jax.Array,
-    *,
-    score_query: jax.Array | None = None,
-    score_mask: jax.Array | None = None,
-    score_output_rows: bool = True,
-    dropout=None,
+    frames: Frames,
+    queries: Queries,
+    dropout: Callable | None = None,
 ) -> tuple[jax.Array, VideoMemory]:
     """:func:`read_frame` for the frames of a chunk, one after the other, by ``lax.scan``.
 
-    The arguments are those of :func:`read_frame` with a leading frame axis F on ``query``, ``key``,
-    ``value``, ``frame``, ``valid`` and ``score_query``; ``dropout`` also takes the frame's place in
-    the chunk. Returns the attended values [F, B, H, N, D] and the memory after the last frame.
+    The arguments are those of :func:`read_frame` with a leading frame axis F on the frames, the
+    rows and the text; ``dropout`` also takes the frame's place in the chunk. Returns the attended
+    values [F, B, H, N, D] and the memory after the last frame.
     """
 
     def step(memory, inputs):
-        index, query, key, value, frame, valid, score_query = inputs
+        index, rows, frame, text = inputs
         output, memory = read_frame(
             memory,
             retention,
-            query,
-            key,
-            value,
             frame,
-            valid,
-            score_query=score_query,
-            score_mask=score_mask,
-            score_output_rows=score_output_rows,
+            queries.replace(rows=rows, text=text),
             dropout=None if dropout is None else lambda probs: dropout(probs, index),
         )
         return memory, output
 
-    index = jnp.arange(query.shape[0])
-    memory, output = jax.lax.scan(
-        step, memory, (index, query, key, value, frame, valid, score_query)
-    )
+    index = jnp.arange(len(queries.rows))
+    memory, output = jax.lax.scan(step, memory, (index, queries.rows, frames, queries.text))
     return output, memory
 
 
-def store_frames(
-    memory: VideoMemory,
-    retention: Retention,
-    key: jax.Array,
-    value: jax.Array,
-    frame: jax.Array,
-    valid: jax.Array,
-) -> VideoMemory:
+def store_frames(memory: VideoMemory, retention: Retention, frames: Frames) -> VideoMemory:
     """:func:`read_frames` where nobody wants the output and the policy reads no attention.
 
-    Leaves the same tokens in the memory, without a query. The arguments are those of
-    :func:`read_frames`; raises ``ValueError`` if ``retention.reads_attention``.
+    Leaves the same tokens in the memory, without a query. Raises ``ValueError`` if
+    ``retention.reads_attention``.
     """
     if retention.reads_attention:
         raise ValueError("this policy keeps tokens by attention: queries must read its frames")
 
-    def step(memory, inputs):
-        memory, count = _arrive(memory, retention, *inputs)
-        return retain(memory, count, retention, inputs[-1]), None
+    def step(memory, frame):
+        memory, count = _arrive(memory, retention, frame)
+        return retain(memory, count, retention, frame.valid), None
 
-    return jax.lax.scan(step, memory, (key, value, frame, valid))[0]
+    return jax.lax.scan(step, memory, frames)[0]
 
 
 def _arrive(
-    memory: VideoMemory,
-    retention: Retention,
-    key: jax.Array,
-    value: jax.Array,
-    frame: jax.Array,
-    valid: jax.Array,
+    memory: VideoMemory, retention: Retention, frame: Frames
 ) -> tuple[VideoMemory, jax.Array]:
     """A frame comes in: the memory that holds it, and the live tokens, int32[B]."""
-    tokens = key.shape[2]
+    batch, _, tokens, _ = frame.key.shape
     if retention.ranking == ATTENTION:
-        score = jnp.zeros((key.shape[0], tokens), jnp.float32)
+        score = jnp.zeros((batch, tokens), jnp.float32)
     else:
-        score = arrival_rank(retention.ranking, frame, tokens, retention.seed)
-    return insert(memory, key, value, frame, valid, score), memory.length + tokens
-
-
-def in_time_order(memory: VideoMemory) -> dict[str, jax.Array]:
-    """Which part of the video is remembered: the live tokens, oldest first.
-
-    Works on the memory of one layer or on the stacked memory of a whole Q-Former.
-
-    Returns:
-      ``frame`` and ``patch`` (int32[…, B, S], -1 behind the live tokens), ``score`` (float32[…, B,
-      S], zero there) and ``live`` (bool[…, B, S]).
-    """
-    live = jnp.arange(memory.slots.shape[-1]) < memory.length[..., None]
-
-    def ordered(values, empty):
-        return jnp.where(live, jnp.take_along_axis(values, memory.slots, axis=-1), empty)
-
-    return dict(
-        frame=ordered(memory.frame, -1),
-        patch=ordered(memory.patch, -1),
-        score=ordered(memory.score, 0.0),
-        live=live,
-    )
+        score = arrival_rank(retention.ranking, frame.index, tokens, retention.seed)
+    return insert(memory, frame, score), memory.length + tokens

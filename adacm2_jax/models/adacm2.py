@@ -15,8 +15,7 @@ Everything that persists is in :class:`StreamState`, an argument and a result. A
 row beside its video: many questions about one video share ``encode_frames``.
 """
 
-import functools
-from typing import Any, cast
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -25,13 +24,12 @@ from flax import struct
 from jax.sharding import PartitionSpec
 
 from adacm2_jax.config import AdaCM2Config
-from adacm2_jax.memory.banks import BankMemory, init_bank
-from adacm2_jax.memory.policies import STRIDE, RetentionPlan, retention_plan
-from adacm2_jax.memory.slots import Retention, VideoMemory, init_memory
+from adacm2_jax.memory.banks import BankMemory
+from adacm2_jax.memory.slots import VideoMemory
 from adacm2_jax.models.bank_qformer import BankQFormer
 from adacm2_jax.models.layers import ZEROS, Dense, LayerNorm, param, wide
 from adacm2_jax.models.llama import KVCache, Llama, init_cache
-from adacm2_jax.models.qformer import Frames, QFormer, store
+from adacm2_jax.models.qformer import Chunk, QFormer
 from adacm2_jax.models.vit import VisionTransformer
 from adacm2_jax.sharding import over_model
 
@@ -68,18 +66,19 @@ class Question(struct.PyTreeNode):
     llm_mask: jax.Array
 
 
-@functools.lru_cache(maxsize=64)
-def plan_for(config: AdaCM2Config) -> RetentionPlan:
-    """The retention counts of a model; raises ``UserError`` for ratios that have no bound."""
-    return retention_plan(
-        config.memory, config.vision.tokens_per_frame, config.qformer.num_cross_layers
-    )
+def qformer_type(config: AdaCM2Config) -> type[QFormer] | type[BankQFormer]:
+    """The Q-Former that a policy needs, with its memory as ``memory_type``.
+
+    Here alone the two kinds are told apart. Both have the same parameters, so that a checkpoint
+    works with every policy, and both offer ``read``; their memories offer ``check``, ``empty``,
+    ``specs``, ``tokens_kept``, ``sources`` and ``in_time_order``.
+    """
+    return BankQFormer if config.memory.policy == "merge" else QFormer
 
 
 def check_memory(config: AdaCM2Config) -> None:
     """Raises ``UserError`` if the memory has no bound or does not fit the model."""
-    if config.memory.policy != "merge":
-        plan_for(config)
+    qformer_type(config).memory_type.check(config)
 
 
 def init_state(
@@ -91,56 +90,37 @@ def init_state(
       config: the model.
       total_frames: int32[B], frames that each video will have, or 0 for an open-ended stream.
       seed: uint32[B] for the random policy; zeros by default.
+
+    Returns:
+      Arrays of its own, which may be donated: none is the caller's.
     """
     q, dtype = config.qformer, jnp.dtype(config.memory_dtype)
     batch = total_frames.shape[0]
-    empty = _empty_banks if config.memory.policy == "merge" else _empty_slots
+    seed = jnp.zeros((batch,), jnp.uint32) if seed is None else seed
     return StreamState(
-        memory=empty(config, batch),
+        memory=qformer_type(config).memory_type.empty(config, batch),
         queries=jnp.zeros((batch, q.num_queries, q.width), dtype),
         frames_seen=jnp.zeros((batch,), jnp.int32),
-        total_frames=jnp.asarray(total_frames, jnp.int32),
-        seed=jnp.zeros((batch,), jnp.uint32) if seed is None else jnp.asarray(seed, jnp.uint32),
+        total_frames=jnp.array(total_frames, jnp.int32),
+        seed=jnp.array(seed, jnp.uint32),
     )
-
-
-def _empty_slots(config: AdaCM2Config, batch: int) -> VideoMemory:
-    q, tokens = config.qformer, config.vision.tokens_per_frame
-    head_dim, dtype = q.width // q.num_heads, jnp.dtype(config.memory_dtype)
-    layer = init_memory(batch, q.num_heads, head_dim, plan_for(config).capacity, tokens, dtype)
-    return jax.tree.map(
-        lambda leaf: jnp.broadcast_to(leaf, (q.num_cross_layers,) + leaf.shape), layer
-    )
-
-
-def _empty_banks(config: AdaCM2Config, batch: int) -> BankMemory:
-    q, vision, frames = config.qformer, config.vision, config.memory.bank_frames
-    layers = (q.num_cross_layers, q.cross_attention_every)
-    rows = q.num_queries + config.max_text_len
-    return BankMemory(
-        visual=init_bank((batch,), frames, vision.tokens_per_frame, vision.width),
-        hidden=init_bank((*layers, batch), frames, rows, q.width),
-    )
-
-
-def layers_alike(config: AdaCM2Config) -> bool:
-    """Whether all layers hold the same tokens, in the same slots, whatever they attend to."""
-    plan = plan_for(config)
-    alike = (plan.recent == plan.recent[0]).all() and (plan.older == plan.older[0]).all()
-    return bool(alike) and (not plan.older.any() or plan.ranking == STRIDE)
 
 
 def state_specs(state: StreamState) -> Any:
     """A ``PartitionSpec`` for every leaf: a state is divided over ``data``, by its videos."""
     rows: Any = PartitionSpec("data")
-    layers = PartitionSpec(None, "data")
-    memory: Any = jax.tree.map(lambda _: layers, state.memory)
-    if isinstance(state.memory, BankMemory):
-        memory = BankMemory(
-            visual=jax.tree.map(lambda _: rows, state.memory.visual),
-            hidden=jax.tree.map(lambda _: PartitionSpec(None, None, "data"), state.memory.hidden),
-        )
-    return StreamState(memory=memory, queries=rows, frames_seen=rows, total_frames=rows, seed=rows)
+    return StreamState(state.memory.specs(), rows, rows, rows, rows)
+
+
+def repeat_rows(state: StreamState, times: int) -> StreamState:
+    """The state of B videos as that of B · ``times`` rows; those of one video stand together."""
+    if times == 1:
+        return state
+    return jax.tree.map(
+        lambda leaf, spec: jnp.repeat(leaf, times, axis=spec.index("data")),
+        state,
+        state_specs(state),
+    )
 
 
 def temporal_position(index: jax.Array, total: jax.Array, rows: int) -> jax.Array:
@@ -169,11 +149,7 @@ class AdaCM2(nn.Module):
             (c.temporal_positions, c.vision.width),
             ("frame", "vision"),
         )
-        # Both have the same parameters: a checkpoint works with every policy.
-        if c.memory.policy == "merge":
-            self.qformer: Any = BankQFormer(c.qformer, c.vision.width, c.remat)
-        else:
-            self.qformer = QFormer(c.qformer, c.vision.width, c.memory.score_rows, c.remat)
+        self.qformer: Any = qformer_type(c)(c.qformer, c.vision.width, c.memory, c.remat)
         self.language_projection = Dense((c.qformer.width, c.llm.width), ("embed", "llm_embed"))
         self.llm = Llama(c.llm, c.remat)
 
@@ -207,43 +183,27 @@ class AdaCM2(nn.Module):
         Args:
           features: [B, F, P, V], from :meth:`encode_frames`. With k questions a video, B / k rows:
             row b of question and state belongs to video b // k.
-          valid: bool[B, F] or [B / k, F]; a padded frame changes nothing at all.
-          question: of each video.
+          valid: bool[B / k, F], or [B, F] with the same for all rows of a video; a padded frame
+            changes nothing at all.
+          question: one a row.
           state: after the frames before.
           deterministic: false switches dropout on (needs the rng ``dropout``).
         """
-        c = self.config
-        share = state.frames_seen.shape[0] // valid.shape[0]  # k, questions a video
-        valid = jnp.repeat(valid, share, axis=0)
+        c, batch = self.config, state.frames_seen.shape[0]
+        share = batch // features.shape[0]  # k, questions a video
+        valid = jnp.repeat(valid, batch // valid.shape[0], axis=0)
         index = state.frames_seen[:, None] + jnp.cumsum(valid, axis=1) - 1
         index = jnp.maximum(index, 0).astype(jnp.int32)
         position = temporal_position(index, state.total_frames[:, None], c.temporal_positions)
-        features = self._tokens(features, position[::share][:, :, None])
+        tokens = self._tokens(features, position[::share][:, :, None])
         last = jnp.max(jnp.where(valid, jnp.arange(valid.shape[1]), -1), axis=1)
         seen, last = last >= 0, jnp.maximum(last, 0)
         text = question.qformer_ids, question.qformer_mask
-        if c.memory.policy == "merge":
-            newest, memory = self.qformer(*text, features, valid, last, state.memory, deterministic)
-        else:
-            key, value = (jnp.repeat(kv, share, axis=2) for kv in self.qformer.project(features))
-            frames = Frames(key, value, index.T, valid.T)
-            memory, retention = cast(VideoMemory, state.memory), self._retention(state.seed)
-            newest = frames
-            if not retention.reads_attention:
-                # The frames before the last one matter by their tokens alone: no query reads them.
-                if valid.shape[1] > 1:
-                    before = frames.valid & (jnp.arange(valid.shape[1])[:, None] != last)
-                    memory = store(memory, retention, frames.replace(valid=before))
-                newest = frames.only(last)
-                last = jnp.zeros_like(last)
-            queries, after = self.qformer(*text, newest, memory, retention, deterministic)
-            # A large memory (of policy full) is changed where it lies, the Q-Former's copy dropped.
-            reads = retention.reads_attention
-            memory = after if reads else store(memory, retention, newest)
-            newest = jnp.take_along_axis(queries, last[:, None, None, None], axis=1)[:, 0]
+        chunk = Chunk(tokens, index, valid, last)
+        queries, memory = self.qformer.read(*text, chunk, state.memory, state.seed, deterministic)
         return state.replace(
             memory=memory,
-            queries=jnp.where(seen[:, None, None], newest, state.queries),
+            queries=jnp.where(seen[:, None, None], queries, state.queries),
             frames_seen=state.frames_seen + valid.sum(1, dtype=jnp.int32),
         )
 
@@ -253,23 +213,51 @@ class AdaCM2(nn.Module):
         Their values do not change; they are functions of the parameters again, with a gradient.
 
         Args:
-          state: under any policy but ``merge``.
-          slots: [L, B, S, V], the feature of the token in each slot; [1, B, S, V] where all layers
-            hold the same tokens.
+          state: its memory is left as it is where it is computed from no features (``sources``).
+          slots: [L, B, S, V], the feature of the token in each slot of ``memory.sources``.
         """
-        memory = cast(VideoMemory, state.memory)
-        frame, rows = memory.frame[: len(slots)], self.config.temporal_positions
+        frame, _ = state.memory.sources(self.config)
+        if not len(frame):
+            return state
+        rows = self.config.temporal_positions
         position = temporal_position(frame, state.total_frames[:, None], rows)
         key, value = self.qformer.project_slots(self._tokens(slots, position))
-        return state.replace(memory=memory.replace(key=key, value=value))
+        return state.replace(memory=state.memory.replace(key=key, value=value))
 
-    def visual_tokens(self, state: StreamState) -> jax.Array:
-        """The N tokens that stand for the video in the prompt, [B, N, W] in the LLM's dtype."""
-        return self.language_projection(state.queries).astype(self.config.dtype)
+    def visual_tokens(self, queries: jax.Array) -> jax.Array:
+        """The N tokens that stand for the video in the prompt, [B, N, W] in the LLM's dtype.
+
+        Args:
+          queries: [B, N, E], of a state after the last frame.
+        """
+        return self.language_projection(queries).astype(self.config.dtype)
+
+    def token_log_probs(
+        self, queries: jax.Array, question: Question
+    ) -> tuple[jax.Array, jax.Array]:
+        """How probable every token of a text is after the video and the tokens before it.
+
+        Args:
+          queries: [B, N, E], of a state after the last frame.
+          question: its ``llm_ids`` hold prompt and answer, then padding (LAVIS's order).
+
+        Returns:
+          float32[B, S], the log-probability of each token, and bool[B, S], whether it is the most
+          probable one.
+        """
+        visual = self.visual_tokens(queries)
+        tokens = self.llm.embed(question.llm_ids, visual.dtype)
+        mask = jnp.concatenate([jnp.ones(visual.shape[:2], bool), question.llm_mask], axis=1)
+        positions = jnp.broadcast_to(jnp.arange(mask.shape[1]), mask.shape)
+        hidden, _ = self.llm(jnp.concatenate([visual, tokens], axis=1), mask, positions)
+        logits = self.llm.logits(hidden[:, visual.shape[1] - 1 : -1])
+        log_probs = jax.nn.log_softmax(logits)
+        log_probs = jnp.take_along_axis(log_probs, question.llm_ids[..., None], axis=-1)[..., 0]
+        return log_probs, logits.argmax(-1) == question.llm_ids
 
     def answer_loss(
         self,
-        state: StreamState,
+        queries: jax.Array,
         question: Question,
         targets: jax.Array,
         count: jax.Array | None = None,
@@ -277,36 +265,40 @@ class AdaCM2(nn.Module):
         """Cross-entropy of the answer, teacher-forced.
 
         Args:
-          state: after the last frame.
-          question: its ``llm_ids`` hold prompt and answer, then padding (LAVIS's order).
+          queries: [B, N, E], of a state after the last frame.
+          question: as in :meth:`token_log_probs`.
           targets: bool[B, S], true on the tokens of the answer, its end token included.
           count: what sums over targets are divided by; by default the number of targets.
 
         Returns:
           float32 scalars: the mean loss a target token, and the share predicted exactly.
         """
-        visual = self.visual_tokens(state)
-        tokens = self.llm.embed(question.llm_ids, visual.dtype)
-        mask = jnp.concatenate([jnp.ones(visual.shape[:2], bool), question.llm_mask], axis=1)
-        positions = jnp.broadcast_to(jnp.arange(mask.shape[1]), mask.shape)
-        hidden, _ = self.llm(jnp.concatenate([visual, tokens], axis=1), mask, positions)
-        logits = self.llm.logits(hidden[:, visual.shape[1] - 1 : -1])
-        log_probs = jax.nn.log_softmax(logits)
-        nll = -jnp.take_along_axis(log_probs, question.llm_ids[..., None], axis=-1)[..., 0]
+        log_probs, best = self.token_log_probs(queries, question)
         count = jnp.maximum(targets.sum(), 1) if count is None else count
-        correct = (logits.argmax(-1) == question.llm_ids) & targets
-        return jnp.where(targets, nll, 0).sum() / count, correct.sum() / count
+        return jnp.where(targets, -log_probs, 0).sum() / count, (best & targets).sum() / count
+
+    def log_likelihood(
+        self, queries: jax.Array, question: Question, targets: jax.Array
+    ) -> jax.Array:
+        """float32[B]: the summed log-probability of each answer; see :meth:`answer_loss`."""
+        log_probs, _ = self.token_log_probs(queries, question)
+        return jnp.where(targets, log_probs, 0).sum(axis=1)
 
     def prefill(
-        self, state: StreamState, question: Question, cache_length: int
+        self, queries: jax.Array, question: Question, cache_length: int
     ) -> tuple[jax.Array, KVCache]:
         """Visual tokens and the (left-padded) prompt through the LLM.
+
+        Args:
+          queries: [B, N, E], of a state after the last frame.
+          question: its ``llm_ids`` hold the prompt.
+          cache_length: places of the cache.
 
         Returns:
           The logits of the first answer token, float32[B, vocabulary], and the KV cache with room
           for ``cache_length`` places in all.
         """
-        visual = self.visual_tokens(state)
+        visual = self.visual_tokens(queries)
         tokens = self.llm.embed(question.llm_ids, visual.dtype)
         mask = jnp.concatenate([jnp.ones(visual.shape[:2], bool), question.llm_mask], axis=1)
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
@@ -329,7 +321,7 @@ class AdaCM2(nn.Module):
         state = init_state(self.config, jnp.full((frames.shape[0],), frames.shape[1], jnp.int32))
         state = self.read(self.encode_frames(frames), valid, question, state)
         length = self.config.qformer.num_queries + question.llm_ids.shape[1]
-        return self.prefill(state, question, length)[0]
+        return self.prefill(state.queries, question, length)[0]
 
     def _tokens(self, features: jax.Array, position: jax.Array) -> jax.Array:
         """What the Q-Former reads: features [… , V] at float32[…] places of the temporal table."""
@@ -342,17 +334,6 @@ class AdaCM2(nn.Module):
         high = jnp.minimum(low + 1, self.config.temporal_positions - 1)
         share = (position - low)[..., None]
         return self.temporal_embed[low] * (1 - share) + self.temporal_embed[high] * share
-
-    def _retention(self, seed: jax.Array) -> Retention:
-        plan = plan_for(self.config)
-        layers = jnp.arange(plan.recent.shape[0], dtype=jnp.uint32)[:, None]
-        return Retention(
-            recent=jnp.asarray(plan.recent),
-            older=jnp.asarray(plan.older),
-            seed=seed + layers * jnp.uint32(0x9E3779B9),
-            max_older=int(plan.older.max()),
-            ranking=plan.ranking,
-        )
 
 
 def call(model: AdaCM2, params: dict, method: str, *args: Any, **options: Any) -> Any:

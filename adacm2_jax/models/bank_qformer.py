@@ -14,16 +14,18 @@ Axes: as in ``qformer.py``; k questions of a video, M frames of a bank, G layers
 """
 
 import operator
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from adacm2_jax.config import QFormerConfig
+from adacm2_jax.config import MemoryConfig, QFormerConfig
 from adacm2_jax.errors import UserError
 from adacm2_jax.memory.banks import Bank, BankMemory, append, live, shrink
 from adacm2_jax.models.layers import Dense, attention, rematerialised
 from adacm2_jax.models.qformer import (
+    Chunk,
     FeedForward,
     FrameProjection,
     SelfAttention,
@@ -90,42 +92,36 @@ class BankGroup(nn.Module):
 
 
 class BankQFormer(nn.Module):
-    """Reads a chunk of frames, one after the other."""
+    """Reads a chunk of frames, one after the other; what it offers is what ``QFormer`` does."""
 
     config: QFormerConfig
     vision_width: int
+    memory_config: MemoryConfig
     remat: bool = True
+
+    #: What it reads and leaves.
+    memory_type: ClassVar = BankMemory
 
     def setup(self):
         self.frame_projection = FrameProjection(self.config, self.vision_width)
 
     @nn.compact
-    def __call__(
+    def read(
         self,
         text_ids: jax.Array,
         text_mask: jax.Array,
-        features: jax.Array,
-        valid: jax.Array,
-        last: jax.Array,
+        chunk: Chunk,
         memory: BankMemory,
+        seed: jax.Array,
         deterministic: bool = True,
     ) -> tuple[jax.Array, BankMemory]:
-        """Attends to a chunk and updates the banks.
+        """See ``QFormer.read``; the question is padded to the places that the banks have.
 
-        Args:
-          text_ids: int32[B, R], the question; it is padded to the places that the banks have.
-          text_mask: bool[B, R], false on padding.
-          features: [B / k, F, P, V], with the temporal embedding; row b belongs to video b // k.
-          valid: bool[B, F], false where a frame is padding.
-          last: int32[B], the place of the last frame that is none (0 where all are).
-          memory: before the chunk.
-          deterministic: false switches dropout on (needs the rng ``dropout``).
-
-        Returns:
-          The query rows after frame ``last``, [B, N, E], of no meaning where it is padding, and the
-          memory.
+        Raises:
+          UserError: for a question that is longer.
         """
         c = self.config
+        features, valid, last = chunk.tokens, chunk.valid, chunk.last
         share = len(text_ids) // len(features)
         places = memory.hidden.sizes.shape[-1] - c.num_queries
         if text_ids.shape[1] > places:

@@ -13,13 +13,23 @@ Axes: B videos, F frames of a chunk, N queries, R text tokens, E width, H heads,
 P visual tokens a frame, V vision width, L cross-attention layers.
 """
 
+from typing import ClassVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from adacm2_jax.config import QFormerConfig
-from adacm2_jax.memory.slots import Retention, VideoMemory, read_frames, store_frames
+from adacm2_jax.config import MemoryConfig, QFormerConfig
+from adacm2_jax.memory.policies import retention_plan
+from adacm2_jax.memory.slots import (
+    Frames,
+    Queries,
+    Retention,
+    VideoMemory,
+    read_frames,
+    store_frames,
+)
 from adacm2_jax.models.layers import (
     ZEROS,
     Dense,
@@ -33,28 +43,20 @@ from adacm2_jax.models.layers import (
 )
 
 
-class Frames(struct.PyTreeNode):
-    """A chunk of frames as the Q-Former reads them: projected once, whatever the question."""
+class Chunk(struct.PyTreeNode):
+    """A chunk of frames as a Q-Former of either kind reads it.
 
-    #: [L, F, B, H, P, D]: keys for every cross-attention layer.
-    key: jax.Array
-    #: [L, F, B, H, P, D]: values.
-    value: jax.Array
-    #: int32[F, B]: the number of each frame in its video.
+    Row b of question and memory belongs to video b // k: k questions share a video's tokens.
+    """
+
+    #: [B / k, F, P, V]: visual tokens, with the temporal embedding.
+    tokens: jax.Array
+    #: int32[B, F]: the number of each frame in its video.
     index: jax.Array
-    #: bool[F, B]: false where the frame is padding.
+    #: bool[B, F]: false where the frame is padding.
     valid: jax.Array
-
-    def only(self, place: jax.Array) -> "Frames":
-        """The one frame at int32[B] ``place`` of each video: a chunk of F = 1."""
-
-        def pick(leaf, axis):
-            rows = place.reshape((1,) * (axis + 1) + (-1,) + (1,) * (leaf.ndim - axis - 2))
-            return jnp.take_along_axis(leaf, rows, axis=axis)
-
-        return Frames(
-            pick(self.key, 1), pick(self.value, 1), pick(self.index, 0), pick(self.valid, 0)
-        )
+    #: int32[B]: the place of the last frame that is none (0 where all are).
+    last: jax.Array
 
 
 def store(memory: VideoMemory, retention: Retention, frames: Frames) -> VideoMemory:
@@ -64,7 +66,7 @@ def store(memory: VideoMemory, retention: Retention, frames: Frames) -> VideoMem
         place, retention, key, value = inputs
         take, put = jax.lax.dynamic_index_in_dim, jax.lax.dynamic_update_index_in_dim
         own = jax.tree.map(lambda leaf: take(leaf, place, keepdims=False), memory)
-        own = store_frames(own, retention, key, value, frames.index, frames.valid)
+        own = store_frames(own, retention, frames.replace(key=key, value=value))
         return jax.tree.map(lambda leaf, new: put(leaf, new, place, 0), memory, own), None
 
     # Carried and not mapped: a loop's carry is changed where it lies.
@@ -192,15 +194,14 @@ class CrossAttention(nn.Module):
         attended, memory = read_frames(
             memory,
             retention,
-            project(queries).transpose(1, 0, 3, 2, 4),
-            frames.key,
-            frames.value,
-            frames.index,
-            frames.valid,
-            score_query=project(text).transpose(1, 0, 3, 2, 4) if with_text else None,
-            score_mask=text_mask,
-            score_output_rows=self.score_rows != "text",
-            dropout=dropout,
+            frames,
+            Queries(
+                rows=project(queries).transpose(1, 0, 3, 2, 4),
+                text=project(text).transpose(1, 0, 3, 2, 4) if with_text else None,
+                text_mask=text_mask,
+                rows_score=self.score_rows != "text",
+            ),
+            dropout,
         )
         attended = attended.transpose(1, 0, 3, 2, 4)  # [F, B, H, N, D] → [B, F, N, H, D]
         hidden_dropout = nn.Dropout(c.dropout, deterministic=self.deterministic)
@@ -282,11 +283,67 @@ class QFormer(nn.Module):
 
     config: QFormerConfig
     vision_width: int
-    score_rows: str = "query"
+    memory_config: MemoryConfig = MemoryConfig()
     remat: bool = True
+
+    #: What it reads and leaves.
+    memory_type: ClassVar = VideoMemory
 
     def setup(self):
         self.frame_projection = FrameProjection(self.config, self.vision_width)
+
+    def read(
+        self,
+        text_ids: jax.Array,
+        text_mask: jax.Array,
+        chunk: Chunk,
+        memory: VideoMemory,
+        seed: jax.Array,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, VideoMemory]:
+        """Reads a chunk; the interface of every Q-Former.
+
+        Args:
+          text_ids: int32[B, R], the question in the Q-Former's vocabulary; R may be 0.
+          text_mask: bool[B, R], false on padding.
+          chunk: of frames.
+          memory: of all layers, before the chunk.
+          seed: uint32[B], of the videos, for the random policy.
+          deterministic: false switches dropout on (needs the rng ``dropout``).
+
+        Returns:
+          The query rows after the last frame that is no padding, [B, N, E] (of no meaning where
+          all are), and the memory.
+        """
+        share = len(text_ids) // len(chunk.tokens)
+        key, value = (jnp.repeat(kv, share, axis=2) for kv in self.project(chunk.tokens))
+        frames = Frames(key, value, chunk.index.T, chunk.valid.T)
+        retention = self._retention(seed, chunk.tokens.shape[2])
+        newest, last = frames, chunk.last
+        if not retention.reads_attention:
+            # The frames before the last one matter by their tokens alone: no query reads them.
+            count = chunk.valid.shape[1]
+            if count > 1:
+                before = frames.valid & (jnp.arange(count)[:, None] != last)
+                memory = store(memory, retention, frames.replace(valid=before))
+            newest = frames.only(last)
+            last = jnp.zeros_like(last)
+        queries, after = self(text_ids, text_mask, newest, memory, retention, deterministic)
+        # A large memory (of policy full) is changed where it lies, the Q-Former's copy dropped.
+        memory = after if retention.reads_attention else store(memory, retention, newest)
+        return jnp.take_along_axis(queries, last[:, None, None, None], axis=1)[:, 0], memory
+
+    def _retention(self, seed: jax.Array, tokens: int) -> Retention:
+        """The counts of all layers, for frames of P = ``tokens``."""
+        plan = retention_plan(self.memory_config, tokens, self.config.num_cross_layers)
+        layers = jnp.arange(plan.recent.shape[0], dtype=jnp.uint32)[:, None]
+        return Retention(
+            recent=jnp.asarray(plan.recent),
+            older=jnp.asarray(plan.older),
+            seed=seed + layers * jnp.uint32(0x9E3779B9),
+            max_older=int(plan.older.max()),
+            ranking=plan.ranking,
+        )
 
     def project(self, features: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys and values of a chunk, [B, F, P, V] → twice [L, F, B, H, P, D]."""
@@ -331,7 +388,7 @@ class QFormer(nn.Module):
             length=c.num_cross_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, memory = groups(c, self.score_rows, deterministic, name="groups")(
+        x, memory = groups(c, self.memory_config.score_rows, deterministic, name="groups")(
             x,
             text_mask,
             (frames.index, frames.valid),

@@ -6,7 +6,7 @@ What rematerialisation computes a second time is no need; it has a figure of its
 import dataclasses
 import re
 
-from adacm2_jax.models.adacm2 import plan_for
+from adacm2_jax.memory.policies import plan_for
 from adacm2_jax.plan.steps import Plan
 
 

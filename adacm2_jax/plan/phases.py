@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adacm2_jax.models.adacm2 import layers_alike
+from adacm2_jax.memory.policies import layers_alike
 from adacm2_jax.models.params import split_params
 from adacm2_jax.plan.steps import Plan, device_bytes, plan_params, stream_state
 from adacm2_jax.plan.topology import Topology

@@ -179,7 +179,7 @@ def _decode(plan: Plan, mesh: Mesh) -> tuple[Any, tuple]:
     model = AdaCM2(plan.model)
 
     def answer(params, state, question):
-        return generate(model, params, state, question, plan.generation)
+        return generate(model, params, state.queries, question, plan.generation)
 
     arguments = (
         plan_params(plan, mesh),

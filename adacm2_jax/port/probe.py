@@ -16,7 +16,14 @@ import numpy as np
 
 from adacm2_jax.config import AdaCM2Config, MemoryConfig
 from adacm2_jax.memory.policies import retention_plan
-from adacm2_jax.memory.slots import Retention, VideoMemory, attention_probs, init_memory, insert
+from adacm2_jax.memory.slots import (
+    Frames,
+    Retention,
+    VideoMemory,
+    attention_probs,
+    init_memory,
+    insert,
+)
 from adacm2_jax.models.layers import Dense, LayerNorm
 from adacm2_jax.models.llama import Layer, RMSNorm
 from adacm2_jax.models.qformer import FrameProjection, Group, SelfAttention
@@ -166,9 +173,8 @@ class OurProbe:
         dense = Dense(shape, ("embed", "heads", "head_dim"))
         query = _apply(dense, tree["cross_attention"]["query"], rows[:, : c.num_queries])
         query = query.transpose(0, 2, 1, 3)
-        memory = insert(
-            memory, key, value, jnp.zeros(1, jnp.int32), jnp.ones(1, bool), jnp.zeros((1, tokens))
-        )
+        frame = Frames(key, value, index=jnp.zeros(1, jnp.int32), valid=jnp.ones(1, bool))
+        memory = insert(memory, frame, jnp.zeros((1, tokens)))
         live = jnp.arange(memory.slots.shape[1])[None] < tokens
         return attention_probs(query, memory, live)[..., :tokens]
 

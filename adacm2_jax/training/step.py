@@ -214,9 +214,9 @@ def loss_fn(
         features = call(model, params, "encode_frames", batch.frames)
         state = call(model, params, "read", features, *clip[1:], **dropout)
     else:
-        before_last = read_all_but_last(model, params, *clip, options.chunk)
-        state = read_last(model, params, before_last, batch.valid, batch.question, **dropout)
-    return call(model, params, "answer_loss", state, batch.question, batch.targets, count)
+        renewable = read_all_but_last(model, params, *clip, options.chunk)
+        state = read_last(model, params, renewable, batch.question, **dropout)
+    return call(model, params, "answer_loss", state.queries, batch.question, batch.targets, count)
 
 
 def loss_and_gradients(

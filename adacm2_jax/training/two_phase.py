@@ -16,36 +16,28 @@ the choice of tokens is deterministic. Under policy ``merge`` the banks are cons
 a mean over frames has no finite set of features that it could be computed from again.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec
 
-from adacm2_jax.memory.slots import VideoMemory
-from adacm2_jax.models.adacm2 import (
-    AdaCM2,
-    Question,
-    StreamState,
-    call,
-    layers_alike,
-    state_specs,
-)
+from adacm2_jax.models import before_last
+from adacm2_jax.models.adacm2 import AdaCM2, Question, StreamState, call, state_specs
+from adacm2_jax.models.before_last import BeforeLast, before_first
 from adacm2_jax.models.params import replicated_parts
 from adacm2_jax.sharding import ROWS, on_every_shard
 
 
-class BeforeLast(struct.PyTreeNode):
+class Renewable(struct.PyTreeNode):
     """What phase one leaves to phase two."""
 
-    #: after all valid frames but the last.
-    state: StreamState
+    #: the last valid frame of each video.
+    before: BeforeLast
     #: [L, B, S, V]: the ViT's feature of the token in each slot; [1, B, S, V] where all layers hold
-    #: the same tokens; [0, B, 0, V] under policy merge.
+    #: the same tokens; [0, B, 0, V] where the memory is not made of tokens (policy merge).
     slots: jax.Array
-    #: [B, P, V]: the features of the last valid frame.
-    newest: jax.Array
 
 
 def read_all_but_last(
@@ -56,7 +48,7 @@ def read_all_but_last(
     question: Question,
     state: StreamState,
     chunk: int,
-) -> BeforeLast:
+) -> Renewable:
     """Phase one: reads all valid frames but the last of each video, ``chunk`` at a time.
 
     Args:
@@ -73,39 +65,31 @@ def read_all_but_last(
     """
     params = jax.lax.stop_gradient(replicated_parts(params))
     specs = state_specs(state)
-    slots: Any = PartitionSpec(None, "data")
     rows: Any = ROWS
+    slots: Any = PartitionSpec(None, "data")
     run = on_every_shard(
         lambda *arrays: _read_all_but_last(model, chunk, *arrays),
         len(valid),
         (PartitionSpec(), ROWS, ROWS, ROWS, specs),
-        BeforeLast(specs, slots, rows),
+        Renewable(BeforeLast(specs, rows, rows), slots),
     )
     return jax.lax.stop_gradient(run(params, frames, valid, question, state))
 
 
 def read_last(
-    model: AdaCM2,
-    params: dict,
-    before_last: BeforeLast,
-    valid: jax.Array,
-    question: Question,
-    **options,
+    model: AdaCM2, params: dict, renewable: Renewable, question: Question, **options
 ) -> StreamState:
     """Phase two: the step of the last valid frame, with its gradient.
 
     Args:
       model, params: of the step; ``params`` may be differentiated.
-      before_last: of :func:`read_all_but_last`.
-      valid: bool[B, T], of the clip; a video without a valid frame leaves the state as it is.
+      renewable: of :func:`read_all_but_last`.
       question: one a video.
       options: for ``AdaCM2.read``: ``deterministic``, and ``rngs`` for dropout.
     """
-    state = before_last.state
-    if len(before_last.slots):
-        state = call(model, params, "renew", state, before_last.slots)
-    chunk = before_last.newest[:, None], valid.any(1, keepdims=True)
-    return call(model, params, "read", *chunk, question, state, **options)
+    before = renewable.before
+    state = call(model, params, "renew", before.state, renewable.slots)
+    return before_last.read_last(model, params, before.replace(state=state), question, **options)
 
 
 def _read_all_but_last(
@@ -116,72 +100,63 @@ def _read_all_but_last(
     valid: jax.Array,
     question: Question,
     state: StreamState,
-) -> BeforeLast:
+) -> Renewable:
     """:func:`read_all_but_last` on the rows of one device."""
     count = valid.shape[1]
     last = jnp.max(jnp.where(valid, jnp.arange(count), -1), axis=1)
-    before = valid & (jnp.arange(count) != last[:, None])
+    earlier = valid & (jnp.arange(count) != last[:, None])
 
-    def read(before_last: BeforeLast, start: jax.Array | int, size: int) -> BeforeLast:
+    def read(old: Renewable, start: jax.Array | int, size: int) -> Renewable:
         def part(leaf):
             return jax.lax.dynamic_slice_in_dim(leaf, start, size, axis=1)
 
+        before = old.before
         features = call(model, params, "encode_frames", part(frames))
-        state = call(model, params, "read", features, part(before), question, before_last.state)
+        state = call(model, params, "read", features, part(earlier), question, before.state)
         here = (last >= start) & (last < start + size)
         place = jnp.clip(last - start, 0, size - 1)
         newest = jnp.take_along_axis(features, place[:, None, None, None], axis=1)[:, 0]
-        return BeforeLast(
-            state=state.replace(queries=before_last.state.queries),  # nobody reads these
-            slots=_features_by_slot(before_last, features, part(before), state),
-            newest=jnp.where(here[:, None, None], newest, before_last.newest),
+        return Renewable(
+            before=BeforeLast(
+                state=state.replace(queries=before.state.queries),  # nobody reads these
+                newest=jnp.where(here[:, None, None], newest, before.newest),
+                held=before.held,
+            ),
+            slots=_features_by_slot(model, old, features, part(earlier), state),
         )
 
-    before_last = _before_first(model, state)
+    before = before_first(model.config, state).replace(held=valid.any(1))
+    sources, _ = state.memory.sources(model.config)
+    width = before.newest.shape[-1]
+    found = Renewable(before, jnp.zeros((*sources.shape, width), before.newest.dtype))
     rest = count % chunk
     if rest:
-        before_last = read(before_last, 0, rest)
+        found = read(found, 0, rest)
     if count > rest:
         steps = jnp.arange(rest, count, chunk)
-        before_last, _ = jax.lax.scan(
-            lambda old, start: (read(old, start, chunk), None), before_last, steps
-        )
-    return before_last
-
-
-def _before_first(model: AdaCM2, state: StreamState) -> BeforeLast:
-    """Before the first frame."""
-    c = model.config
-    batch, width, dtype = len(state.frames_seen), c.vision.width, jnp.dtype(c.feature_dtype)
-    layers, slots = 0, 0
-    if c.memory.policy != "merge":
-        layers, _, slots = cast(VideoMemory, state.memory).slots.shape
-        layers = 1 if layers_alike(c) else layers
-    return BeforeLast(
-        state=state,
-        slots=jnp.zeros((layers, batch, slots, width), dtype),
-        newest=jnp.zeros((batch, c.vision.tokens_per_frame, width), dtype),
-    )
+        found, _ = jax.lax.scan(lambda old, start: (read(old, start, chunk), None), found, steps)
+    return found
 
 
 def _features_by_slot(
-    before_last: BeforeLast, features: jax.Array, valid: jax.Array, state: StreamState
+    model: AdaCM2, old: Renewable, features: jax.Array, valid: jax.Array, state: StreamState
 ) -> jax.Array:
     """The features by slot after a chunk: tokens do not move, so only new ones are written.
 
     Args:
-      before_last: before the chunk.
+      model: of the step.
+      old: before the chunk.
       features: [B, F, P, V], of the chunk.
       valid: bool[B, F], the frames that were read.
       state: after it.
     """
-    if not len(before_last.slots):
-        return before_last.slots
+    if not len(old.slots):
+        return old.slots
     tokens = features.shape[2]
     # Where the n-th frame that was read stands in the chunk.
     places = jnp.argsort(~valid, axis=1, stable=True)
     flat = features.reshape(len(features), -1, features.shape[-1])
-    seen = before_last.state.frames_seen[:, None]
+    seen = old.before.state.frames_seen[:, None]
 
     def layer(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         slots, frame, patch = inputs
@@ -190,6 +165,4 @@ def _features_by_slot(
         new = jnp.take_along_axis(flat, (place * tokens + patch)[..., None], axis=1)
         return jnp.where((number >= 0)[..., None], new, slots)
 
-    memory = cast(VideoMemory, state.memory)
-    layers = len(before_last.slots)
-    return jax.lax.map(layer, (before_last.slots, memory.frame[:layers], memory.patch[:layers]))
+    return jax.lax.map(layer, (old.slots, *state.memory.sources(model.config)))

@@ -1,6 +1,5 @@
 """The whole model's answers, each scored again without the cache that it was decoded with."""
 
-import dataclasses
 import functools
 
 import flax.linen as nn
@@ -13,7 +12,7 @@ from scipy.special import log_softmax
 from adacm2_jax.config import LlamaConfig, tiny
 from adacm2_jax.errors import UserError
 from adacm2_jax.inference.generate import Generated, GenerationConfig, generate
-from adacm2_jax.models.adacm2 import AdaCM2, Question, init_params, init_state
+from adacm2_jax.models.adacm2 import AdaCM2, Question, init_params
 
 EOS, PAD = 2, 0
 #: Three questions, padded on the left.
@@ -42,26 +41,25 @@ def whole_model(vocabulary: int):
     )
     batch, config = len(WORDS), model.config.qformer
     queries = rng.normal(size=(batch, config.num_queries, config.width)).astype("f4") * 10
-    state = init_state(model.config, jnp.zeros(batch, jnp.int32)).replace(queries=queries)
     ids = rng.integers(vocabulary, size=(batch, WORDS.max())).astype(np.int32)
     mask = np.arange(WORDS.max()) >= WORDS.max() - WORDS[:, None]
-    return model, params, state, Question(ids, mask, ids, mask)
+    return model, params, queries, Question(ids, mask, ids, mask)
 
 
 run = jax.jit(generate, static_argnums=(0, 4))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def first_logits(model, params, state, question):
+def first_logits(model, params, queries, question):
     length = model.config.qformer.num_queries + question.llm_ids.shape[1]
-    return model.apply({"params": params}, state, question, length, method="prefill")[0]
+    return model.apply({"params": params}, queries, question, length, method="prefill")[0]
 
 
 class Rescorer:
     """Log-probabilities by the whole sequence at once, without any cache that is carried along."""
 
     def __init__(self, vocabulary: int):
-        self.model, self.params, self.state, self.question = whole_model(vocabulary)
+        self.model, self.params, self.queries, self.question = whole_model(vocabulary)
 
     def logits(self, row: int, prefixes: list[tuple[int, ...]]) -> np.ndarray:
         """float64[n, vocabulary] after the prompt of a row and each of n equally long prefixes."""
@@ -71,11 +69,9 @@ class Rescorer:
         ids = np.zeros((ROWS, PLACES), np.int32)
         ids[: len(texts), -len(texts[0]) :] = texts
         mask = np.broadcast_to(np.arange(PLACES) >= PLACES - len(texts[0]), ids.shape)
-        queries = jnp.broadcast_to(self.state.queries[row], (ROWS, *self.state.queries.shape[1:]))
-        # The answer reads nothing of the state but its queries.
-        state = dataclasses.replace(self.state, memory=None, queries=queries)
+        queries = jnp.broadcast_to(self.queries[row], (ROWS, *self.queries.shape[1:]))
         question = Question(ids, mask, ids, mask)
-        logits = first_logits(self.model, self.params, state, question)
+        logits = first_logits(self.model, self.params, queries, question)
         return np.asarray(logits[: len(texts)], np.float64)
 
     def processed(self, row: int, prefixes, config: GenerationConfig) -> np.ndarray:
@@ -188,15 +184,14 @@ def test_every_beam_has_the_score_of_its_own_tokens():
 
 
 def test_an_answer_depends_neither_on_the_rows_beside_it_nor_on_padding():
-    model, params, state, question = whole_model(20)
+    model, params, queries, question = whole_model(20)
     config = GenerationConfig(
         6, num_beams=3, num_return=3, eos_ids=(EOS, 7), repetition_penalty=1.5
     )
-    together = run(model, params, state, question, config)
+    together = run(model, params, queries, question, config)
     order, padding = np.array([2, 1]), WORDS.max() - WORDS[[1, 2]].max()
-    some_state = dataclasses.replace(state, memory=None, queries=state.queries[order])
     some = jax.tree.map(lambda leaf: leaf[order, padding:], question)
-    apart = run(model, params, some_state, some, config)
+    apart = run(model, params, queries[order], some, config)
     np.testing.assert_array_equal(together.ids[order], apart.ids)
     np.testing.assert_allclose(together.scores[order], apart.scores, rtol=1e-6, atol=1e-5)
 

@@ -17,13 +17,13 @@ from hypothesis import assume, given, settings
 from adacm2_jax.config import MemoryConfig, QFormerConfig
 from adacm2_jax.errors import UserError
 from adacm2_jax.memory.banks import append, init_bank, live, shrink
+from adacm2_jax.memory.policies import plan_for
 from adacm2_jax.models.adacm2 import (
     AdaCM2,
     Question,
     check_memory,
     init_params,
     init_state,
-    plan_for,
 )
 from tests.oracle import U
 from tests.small import quick_compilation, small_model
@@ -229,7 +229,7 @@ def test_neither_chunks_nor_padding_nor_other_videos_matter_and_one_trace_serves
         padded[b, mask] = features[b, : mask.sum()]
     state = read(params, padded, masks, ask(3), start())
     assert state.frames_seen.tolist() == [6, 3]
-    assert state.memory.length.tolist() == [2 * TOKENS] * 2
+    assert state.memory.tokens_kept.tolist() == [2 * TOKENS] * 2
     for b, seen in enumerate((6, 3)):
         mine, other = state.memory, after[seen].memory
         assert np.array_equal(mine.visual.sizes[b, :2], other.visual.sizes[b, :2])

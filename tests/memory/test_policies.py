@@ -17,11 +17,12 @@ from adacm2_jax.memory.policies import (
     STRIDE,
     arrival_rank,
     capacity_bound,
+    plan_for,
     retention_counts,
     retention_plan,
 )
-from adacm2_jax.memory.slots import Retention, init_memory, read_frame
-from adacm2_jax.models.adacm2 import init_state, plan_for
+from adacm2_jax.memory.slots import Frames, Queries, Retention, init_memory, read_frame
+from adacm2_jax.models.adacm2 import init_state
 from tests.oracle import kept_counts, radical_inverse
 
 STEP = jax.jit(read_frame)
@@ -53,8 +54,8 @@ def run(config: MemoryConfig, tokens: int, frames: int, seeds) -> list[np.ndarra
     ones = jnp.ones((batch, 1, tokens, 1))
     kept = []
     for t in range(frames):
-        frame, valid = jnp.full(batch, t, jnp.int32), jnp.ones(batch, bool)
-        _, memory = STEP(memory, retention, ones[:, :, :1], ones, ones, frame, valid)
+        frame = Frames(ones, ones, jnp.full(batch, t, jnp.int32), jnp.ones(batch, bool))
+        _, memory = STEP(memory, retention, frame, Queries(ones[:, :, :1]))
         live = np.asarray(memory.slots)[:, : int(memory.length[0])]
         number = np.asarray(memory.frame * tokens + memory.patch)
         kept.append(np.take_along_axis(number, live, axis=1))

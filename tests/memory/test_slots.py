@@ -12,9 +12,10 @@ from hypothesis import assume, given, settings
 from adacm2_jax.config import MemoryConfig
 from adacm2_jax.memory.policies import RANDOM, arrival_rank, retention_plan
 from adacm2_jax.memory.slots import (
+    Frames,
+    Queries,
     Retention,
     VideoMemory,
-    in_time_order,
     init_memory,
     read_frame,
     read_frames,
@@ -24,8 +25,8 @@ from tests.oracle import RaggedMemory, Step
 BATCH, HEADS, QUERIES, TEXT, SIZE = 2, 2, 3, 2, 4
 #: Capacity of the compiled steps that serve many ratios; their counts are data.
 ROOM = 24
-STEP = jax.jit(read_frame, static_argnames="score_output_rows")
-SCAN = jax.jit(read_frames, static_argnames="score_output_rows")
+STEP = jax.jit(read_frame)
+SCAN = jax.jit(read_frames)
 DRAW = jax.jit(arrival_rank, static_argnums=(0, 2))
 #: Tokens a frame, the policies that share a compiled step, and the rows that score.
 VARIANTS = [
@@ -77,14 +78,13 @@ class Clip:
     def index(self) -> np.ndarray:
         return np.maximum(np.cumsum(self.valid, axis=0) - 1, 0).astype(np.int32)
 
-    def extra(self, t=slice(None)) -> dict:
+    def inputs(self, t=slice(None)) -> tuple[Frames, Queries]:
+        """Frame ``t``, or all of them, and who reads it."""
+        frames = Frames(self.key[t], self.value[t], self.index[t], self.valid[t])
         if self.rows == "query":
-            return {}
-        return dict(
-            score_query=self.text[t],
-            score_mask=self.text_mask,
-            score_output_rows=self.rows == "query+text",
-        )
+            return frames, Queries(self.query[t])
+        both = self.rows == "query+text"
+        return frames, Queries(self.query[t], self.text[t], self.text_mask, rows_score=both)
 
     def scoring(self, t: int, b: int) -> np.ndarray:
         text = self.text[t, b][:, self.text_mask[b]]
@@ -134,8 +134,7 @@ def oracles(config: MemoryConfig, tokens: int) -> list[list[RaggedMemory]]:
 
 
 def advance(memory, retention, clip: Clip, t: int):
-    inputs = (clip.query[t], clip.key[t], clip.value[t], clip.index[t], clip.valid[t])
-    output, memory = STEP(memory, retention, *inputs, **clip.extra(t))
+    output, memory = STEP(memory, retention, *clip.inputs(t))
     return np.asarray(output), jax.tree.map(np.asarray, memory)
 
 
@@ -316,8 +315,7 @@ def test_a_scan_over_frames_does_what_the_oracle_does(rows):
     clip = Clip.random(valid, 5, rows=rows, seed=8)
     config = MemoryConfig(recent_ratio="0.2", conserve_ratio="0.3")
     memory, (retention, _) = prepare(config, 5, clip)
-    inputs = (clip.query, clip.key, clip.value, clip.index, clip.valid)
-    outputs, memory = SCAN(memory, retention, *inputs, **clip.extra())
+    outputs, memory = SCAN(memory, retention, *clip.inputs())
     memory = jax.tree.map(np.asarray, memory)
     ragged = oracles(config, 5)[0]
     for b in range(BATCH):
@@ -331,7 +329,7 @@ def test_dropout_reaches_the_output_and_never_the_memory():
     clip = Clip.random(np.ones((6, BATCH)), 5)
     config = MemoryConfig(recent_ratio="0.2", conserve_ratio="0.3")
     memory, (retention, _) = prepare(config, 5, clip)
-    inputs = (clip.query, clip.key, clip.value, clip.index, clip.valid)
+    inputs = clip.inputs()
     plain, kept = read_frames(memory, retention, *inputs)
     dropped, same = read_frames(
         memory, retention, *inputs, dropout=lambda probs, frame: jnp.where(frame == 2, 0, probs)
@@ -358,8 +356,7 @@ def test_one_trace_serves_every_length_and_float32_can_nearly_always_tell_two_sc
         memory, (retention, _) = prepare(config, 5, clip, ROOM)
         ragged = oracles(config, 5)[0]
         for t in range(length):
-            inputs = (clip.query[t], clip.key[t], clip.value[t], clip.index[t], clip.valid[t])
-            output, memory = step(memory, retention, *inputs)
+            output, memory = step(memory, retention, *clip.inputs(t))
             now = jax.tree.map(np.asarray, memory)
             for b in range(BATCH):
                 seen = see(ragged[b], clip, t, b, 0)
@@ -376,7 +373,7 @@ def test_time_order_shows_what_is_remembered():
     memory, (retention, _) = prepare(config, 3, clip, ROOM)
     for t in range(3):
         _, memory = advance(memory, retention, clip, t)
-    shown = jax.tree.map(np.asarray, in_time_order(memory))
+    shown = jax.tree.map(np.asarray, memory.in_time_order())
     for b in range(BATCH):
         length = memory.length[b]
         tokens = remembered(memory, b)
@@ -389,10 +386,10 @@ def test_time_order_shows_what_is_remembered():
         assert np.array_equal(shown["score"][b, :length], scores) and scores.min() > 0
         assert not shown["score"][b, length:].any()
     stacked = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), memory)
-    for name, values in in_time_order(stacked).items():
+    for name, values in stacked.in_time_order().items():
         assert np.array_equal(values, np.stack([shown[name]] * 2))
 
 
 def test_an_empty_memory_shows_nothing():
-    shown = in_time_order(init_memory(1, HEADS, SIZE, 4, 3, jnp.float32))
+    shown = init_memory(1, HEADS, SIZE, 4, 3, jnp.float32).in_time_order()
     assert not shown["live"].any() and shown["frame"].tolist() == [[-1] * 7]

@@ -12,13 +12,12 @@ import pytest
 from hypothesis import given, settings
 
 from adacm2_jax.config import LlamaConfig, MemoryConfig, instructblip_vicuna_7b, tiny
-from adacm2_jax.memory.slots import in_time_order
+from adacm2_jax.memory.policies import plan_for
 from adacm2_jax.models.adacm2 import (
     AdaCM2,
     Question,
     init_params,
     init_state,
-    plan_for,
     temporal_position,
 )
 from adacm2_jax.models.llama import Llama
@@ -60,7 +59,7 @@ def reader(config):
 
 def tokens_of(memory) -> list[list[list[tuple[int, int]]]]:
     """(frame, patch) by layer and video."""
-    shown = jax.tree.map(np.asarray, in_time_order(memory))
+    shown = jax.tree.map(np.asarray, memory.in_time_order())
     return [
         [
             [(int(f), int(p)) for f, p, live in zip(*rows, strict=True) if live]

@@ -45,9 +45,9 @@ def inputs(config, method: str) -> tuple:
     return {
         "encode_frames": (frames,),
         "read": (features, np.ones((ROWS, FRAMES), bool), question(), state),
-        "visual_tokens": (state,),
-        "answer_loss": (state, question(), np.ones((ROWS, WORDS), bool)),
-        "prefill": (state, question(), config.qformer.num_queries + WORDS),
+        "visual_tokens": (state.queries,),
+        "answer_loss": (state.queries, question(), np.ones((ROWS, WORDS), bool)),
+        "prefill": (state.queries, question(), config.qformer.num_queries + WORDS),
     }[method]
 
 

@@ -11,14 +11,14 @@ from flax import traverse_util
 from adacm2_jax.config import AdaCM2Config, MemoryConfig, QFormerConfig
 from adacm2_jax.memory.policies import retention_plan
 from adacm2_jax.memory.slots import (
+    Frames,
     Retention,
     attention_probs,
-    in_time_order,
     init_memory,
     live_slots,
 )
 from adacm2_jax.models.adacm2 import init_params
-from adacm2_jax.models.qformer import Frames, Group, QFormer
+from adacm2_jax.models.qformer import Group, QFormer
 from adacm2_jax.port.rules import Part, Piece, Table, match
 
 #: Path → shape of parameters of ours, or name → shape of tensors.
@@ -83,7 +83,7 @@ def run(config: QFormerConfig, params, ids, mask, features):
             {"params": params}, ids, mask, frames, memory, retention, capture_intermediates=True
         )
         rows = seen["intermediates"]["norm"]["__call__"][0]
-        return queries[:, 0], in_time_order(after)["score"][..., :tokens], rows
+        return queries[:, 0], after.in_time_order()["score"][..., :tokens], rows
 
     return apply(params, ids, mask, features)
 

@@ -11,7 +11,7 @@ import transformers
 
 from adacm2_jax.config import LlamaConfig, tiny
 from adacm2_jax.inference.generate import Generated, GenerationConfig, generate, nucleus, search
-from adacm2_jax.models.adacm2 import AdaCM2, Question, init_state
+from adacm2_jax.models.adacm2 import AdaCM2, Question
 from adacm2_jax.models.llama import Llama, init_cache
 from tests.parity import names, oracle
 
@@ -270,12 +270,11 @@ def test_the_whole_model_answers_as_its_language_model_would(models):
         ),
     )
     queries = rng.normal(size=(batch, model.config.qformer.num_queries, width)).astype(np.float32)
-    state = init_state(model.config, jnp.zeros(batch, jnp.int32)).replace(queries=queries)
     ids = rng.integers(LLM.vocab_size, size=(batch, WORDS.max()))
     mask = np.arange(WORDS.max()) >= WORDS.max() - WORDS[:, None]
     config = make_config(**CASES["beams, length penalty 1"])
     ours = jax.jit(generate, static_argnums=(0, 4))(
-        model, params, state, Question(ids, mask, ids, mask), config
+        model, params, queries, Question(ids, mask, ids, mask), config
     )
     words = oracle_model.get_input_embeddings()(torch.from_numpy(ids)).numpy()
     embeddings = np.concatenate([queries @ projection, words], axis=1)

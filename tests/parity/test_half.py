@@ -57,9 +57,9 @@ def ours(config, params) -> dict[str, np.ndarray]:
         state = init_state(config, jnp.ones(len(frames), jnp.int32))
         valid = jnp.ones(frames.shape[:2], bool)
         state = call(model, params, "read", features, valid, question, state)
-        visual = call(model, params, "visual_tokens", state)
+        visual = call(model, params, "visual_tokens", state.queries)
         length = visual.shape[1] + question.llm_ids.shape[1]
-        logits, _ = call(model, params, "prefill", state, question, length)
+        logits, _ = call(model, params, "prefill", state.queries, question, length)
         return dict(tokens=features[:, 0], queries=state.queries, visual=visual, logits=logits)
 
     return {name: np.asarray(value, np.float64) for name, value in run(params).items()}

@@ -124,7 +124,7 @@ def test_a_weight_without_counterpart_is_refused(model):
 def test_visual_tokens_of_one_frame_equal_the_oracle(model, params, state):
     frames, question = random_frames(CONFIG, 2, 1), random_question(CONFIG)
     expected = oracle.visual_tokens(model, **image_inputs(frames[:, 0], question))
-    oracle.assert_close(run(CONFIG, params, state, method="visual_tokens"), expected)
+    oracle.assert_close(run(CONFIG, params, state.queries, method="visual_tokens"), expected)
 
 
 def test_prefill_and_decoding_equal_the_oracles_whole_sequence(model, params, state):
@@ -141,7 +141,7 @@ def test_prefill_and_decoding_equal_the_oracles_whole_sequence(model, params, st
     expected = expected.logits[:, -steps - 1 :]
 
     length = CONFIG.qformer.num_queries + question.llm_ids.shape[1] + steps
-    logits, cache = run(CONFIG, params, state, question, length, method="prefill")
+    logits, cache = run(CONFIG, params, state.queries, question, length, method="prefill")
     oracle.assert_close(logits, expected[:, 0])
     decode = jax.jit(functools.partial(AdaCM2(CONFIG).apply, method="decode"))
     for i in range(steps):
@@ -162,7 +162,7 @@ def test_training_loss_equals_the_oracle(model, params, state):
     expected = model(
         **image_inputs(frames[:, 0], question), **inputs, labels=torch.from_numpy(labels)
     )
-    loss, share = run(CONFIG, params, state, question, targets, method="answer_loss")
+    loss, share = run(CONFIG, params, state.queries, question, targets, method="answer_loss")
     oracle.assert_close(loss, expected.loss)
     predicted = expected.logits[:, visual - 1 : -1].argmax(-1).numpy()
     assert share == pytest.approx((predicted == question.llm_ids)[targets].mean())
@@ -175,7 +175,7 @@ def test_frames_with_an_empty_memory_equal_instructblip_video(model, params):
     config = dataclasses.replace(CONFIG, memory=forgetful)
     states = read(config, params, frames, question)
     queries = jnp.concatenate([state.queries for state in states], axis=1)
-    ours = run(CONFIG, params, states[0].replace(queries=queries), method="visual_tokens")
+    ours = run(CONFIG, params, queries, method="visual_tokens")
     video = oracle.instructblip(CONFIG, seed=0, kind="InstructBlipVideo")
     video.load_state_dict(model.state_dict())
     oracle.assert_close(ours, oracle.visual_tokens(video, **image_inputs(frames, question)))
@@ -197,7 +197,7 @@ def test_the_vocabularies_of_published_checkpoints(rows):
     queries = np.random.default_rng(7).normal(size=state.queries.shape).astype(np.float32)
     length = config.qformer.num_queries + question.llm_ids.shape[1]
     state = state.replace(queries=queries)
-    logits, _ = run(config, params, state, question, length, method="prefill")
+    logits, _ = run(config, params, state.queries, question, length, method="prefill")
     assert logits.shape == (2, rows)
 
     inputs = with_positions(language_inputs(config, question.llm_ids, question.llm_mask))
@@ -218,9 +218,9 @@ def test_at_full_width_every_stage_equals_the_oracle():
     state = init_state(config, jnp.ones(1, jnp.int32))
     valid = jnp.ones((1, 1), bool)
     state = run(config, params, features, valid, question, state, method="read")
-    visual = run(config, params, state, method="visual_tokens")
+    visual = run(config, params, state.queries, method="visual_tokens")
     length = config.qformer.num_queries + question.llm_ids.shape[1]
-    logits, _ = run(config, params, state, question, length, method="prefill")
+    logits, _ = run(config, params, state.queries, question, length, method="prefill")
 
     inputs = with_positions(language_inputs(config, question.llm_ids, question.llm_mask))
     stages = model.vision_model.encoder.layers[-1], model.language_projection

@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from adacm2_jax.config import MemoryConfig, tiny
-from adacm2_jax.memory.slots import in_time_order
 from adacm2_jax.models.adacm2 import AdaCM2, Question, init_state
 from tests.parity import names, oracle
 
@@ -146,7 +145,7 @@ class TorchStream:
 
 
 def kept_tokens(memory, layer: int, row: int) -> list[tuple[int, int]]:
-    tokens = jax.tree.map(lambda leaf: np.asarray(leaf)[layer, row], in_time_order(memory))
+    tokens = jax.tree.map(lambda leaf: np.asarray(leaf)[layer, row], memory.in_time_order())
     pairs = zip(tokens["frame"].tolist(), tokens["patch"].tolist(), strict=True)
     return [pair for pair, live in zip(pairs, tokens["live"], strict=True) if live]
 

@@ -180,7 +180,7 @@ def test_dropout_acts_in_phase_two_alone():
             float(run(learned, frozen, batch, config, jax.random.key(key), options)[0])
             for config, key in ((model, 0), (model, 1), (drops, 0), (drops, 1))
         ]
-        before_last = [
+        found = [
             jax.jit(read_all_but_last, static_argnums=(0, 6))(
                 AdaCM2(config),
                 join_params(learned, frozen),
@@ -194,7 +194,7 @@ def test_dropout_acts_in_phase_two_alone():
         ]
     assert losses[0] == losses[1]
     assert len(set(losses)) == 3
-    jax.tree.map(np.testing.assert_array_equal, *before_last)
+    jax.tree.map(np.testing.assert_array_equal, *found)
 
 
 def test_a_vit_that_learns_needs_the_whole_scan():
