@@ -12,7 +12,6 @@ from adacm2_jax.config import MemoryConfig
 from adacm2_jax.errors import UserError
 from adacm2_jax.inference import steps
 from adacm2_jax.inference.answerer import Answerer, bucket
-from adacm2_jax.inference.evidence import RememberedFrame
 from adacm2_jax.inference.generate import GenerationConfig
 from adacm2_jax.inference.processor import train_tokenizers
 from adacm2_jax.models.adacm2 import Question, call
