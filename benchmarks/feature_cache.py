@@ -3,8 +3,8 @@
     python benchmarks/feature_cache.py [--steps 2] [--rounds 5] [--json out.json]
 
 Trains on videos of the needle task, decoded as they are needed, with the ViT frozen, and on the
-features that ``prepare.py`` makes of them, in turn. A step is everything: reading the batch, the
-texts, the compiled step. The Q-Former and the language model are those of ``tiny``.
+features that ``adacm2 prepare`` makes of them, in turn. A step is everything: reading the batch,
+the texts, the compiled step. The Q-Former and the language model are those of ``tiny``.
 """
 
 import argparse
@@ -15,13 +15,14 @@ import tempfile
 
 import _paired  # before JAX: it sets the number of threads
 import jax
-import prepare
 
-import eval as evaluation
-import train
+from adacm2_jax.commands import prepare
+from adacm2_jax.commands.train import make_batch
 from adacm2_jax.config import VisionConfig, tiny
+from adacm2_jax.inference.encoder import describe_vision
 from adacm2_jax.inference.processor import train_tokenizers
 from adacm2_jax.models.params import abstract_params, fresh_params, join_params, split_params
+from adacm2_jax.runs.experiment import read
 from adacm2_jax.sharding import make_mesh, shard_batch
 from adacm2_jax.training.optim import make_optimizer
 from adacm2_jax.training.step import init_train_state, make_train_step
@@ -29,6 +30,7 @@ from configs.base import base_config
 from data.feature_cache.cache import finish
 from data.pipeline import training_batches
 from data.sources import open_source
+from data.training_set import training_set
 
 SETTINGS = {
     "tiny: 17 tokens, 3 blocks of 96": tiny().vision,
@@ -46,25 +48,25 @@ def make_config(vision: VisionConfig, directory: pathlib.Path):
     return config
 
 
-def make_run(config, directory: pathlib.Path, steps: int):
+def make_run(experiment, directory: pathlib.Path, steps: int):
     """A function that trains on so many steps more."""
-    model = evaluation.check(config)
-    mesh, groups = make_mesh(), config.optim.groups
-    source = open_source(config.data, "train")
+    model = experiment.model
+    mesh, groups = make_mesh(), experiment.optim.groups
+    source = open_source(experiment.data, "train")
     texts = [text for example in source for text in (example.question, example.answer)]
     processor = train_tokenizers(texts, model, directory / "tokenizers")
-    dataset = train.make_dataset(config, model, source, train.make_load(config, model))
-    batches = training_batches(dataset, batch_size=config.train.batch_size, seed=0)
+    dataset = training_set(experiment, source, describe_vision(model))
+    batches = training_batches(dataset, batch_size=experiment.train.batch_size, seed=0)
     params = join_params(fresh_params(model, abstract_params(model, groups, mesh), 0), {})
     learned, frozen = split_params(params, groups)
-    optimizer, _ = make_optimizer(learned, steps=config.train.steps, **config.optim)
+    optimizer, _ = make_optimizer(learned, steps=experiment.train.steps, **experiment.optim.rule)
     state = init_train_state(learned, frozen, optimizer, mesh)
-    step = make_train_step(model, optimizer, 0, state, train.make_step(config))
+    step = make_train_step(model, optimizer, 0, state, experiment.train.step)
 
     def run() -> None:
         nonlocal state
         for _ in range(steps):
-            batch = train.make_batch(next(batches), config, processor)
+            batch = make_batch(next(batches), experiment, processor)
             with jax.set_mesh(mesh):
                 state, metrics = step(state, shard_batch(batch, mesh))
             jax.block_until_ready(metrics)
@@ -85,12 +87,12 @@ def main() -> None:
             directory = pathlib.Path(made)
             config = make_config(vision, directory)
             output = str(directory / "features")
-            job, manifest = prepare.plan(config, "train", output, "", 0, 0)
+            job, manifest = prepare.plan(read(config), "train", output, "", 0, 0)
             finish(output, prepare.run_local(job, manifest, 0))
-            pixels, batches = make_run(config, directory, args.steps)
+            pixels, batches = make_run(read(config), directory, args.steps)
             stack.callback(batches.close)
             config.data.features = output
-            features, batches = make_run(config, directory, args.steps)
+            features, batches = make_run(read(config), directory, args.steps)
             stack.callback(batches.close)
             row = _paired.paired(features, pixels, args.rounds)
         rates = {

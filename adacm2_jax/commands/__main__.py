@@ -125,11 +125,11 @@ def _elsewhere(name: str, words: list[str]) -> None:
     elif name == "plan":
         from adacm2_jax.plan import __main__ as plan
 
-        plan.run(words)
+        plan.main(words)
     else:
         from adacm2_jax.port import __main__ as port
 
-        port.run(words)
+        sys.exit(port.main(words[1:], "adacm2 port"))
 
 
 def _script(name: str, words: list[str]) -> None:

@@ -104,7 +104,7 @@ def begin(job: Job, manifest: dict, weights: str) -> dict:
         cache.write_manifest(job.output, manifest)
     wait_for_all()
     # Another process may have been given another command.
-    cache.check_fit(job.output, cache.read_manifest(job.output), manifest)
+    cache.check_fit(job.output, cache.read_manifest(job.output) or {}, manifest)
     return manifest
 
 

@@ -277,6 +277,11 @@ class Answerer:
         each = zip(np.split(log_probs, ends), np.split(tokens, ends), strict=True)
         return [Likelihoods(*arrays) for arrays in each]
 
+    @property
+    def tokens_per_frame(self) -> int:
+        """P, visual tokens of a frame."""
+        return self._model.config.vision.tokens_per_frame
+
     def remembered(self, reading: Reading, name: str) -> list[evidence.Remembered]:
         """What each row still holds of its video under one policy."""
         return evidence.remembered(reading.states[name], reading.rows)

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from adacm2_jax.inference.answerer import Answer, Answerer
+from adacm2_jax.inference.evidence import Remembered
 from adacm2_jax.inference.scores import exact_match, wilson_interval
 from adacm2_jax.progress import Progress
-from adacm2_jax.video.stream import Row, VideoBatch
+from adacm2_jax.video.stream import VideoBatch
 
 #: So many questions must be answered alike before a model is said to answer alike to everything.
 _ALIKE = 10
@@ -59,7 +60,7 @@ def answer_batches(
             remembered = answerer.remembered(reading, name)
             for i, row in enumerate(batch.rows):
                 if row.error is None:
-                    used = usage(name, row, remembered[i], answerer.tokens_per_frame)
+                    used = usage(name, remembered[i], row.times, answerer.tokens_per_frame)
                     lines.append(prediction(row.example, answers[i]) | used)
         write(lines)
         progress.update(len(batch.rows))
@@ -82,20 +83,22 @@ def prediction(example: Any, answers: Sequence[Answer]) -> dict:
     return line
 
 
-def usage(policy: str, row: Row, remembered: Any, tokens_per_frame: int, moments: int = 3) -> dict:
+def usage(
+    policy: str, kept: Remembered, times: np.ndarray, tokens_per_frame: int, moments: int = 3
+) -> dict:
     """What an answer rests on: the policy, frames read, tokens kept in a layer and seen, and the
-    seconds of the frames that are remembered most."""
-    frames = len(row.times)
+    seconds of the frames that are remembered most (where not all tokens are kept)."""
+    total = kept.frames_seen * tokens_per_frame
     line = {
         "policy": policy,
-        "frames": frames,
-        "kept_tokens": remembered.tokens,
-        "total_tokens": frames * tokens_per_frame,
+        "frames": kept.frames_seen,
+        "kept_tokens": kept.kept_tokens,
+        "total_tokens": total,
     }
-    if remembered.frames:
+    if kept.frames and kept.kept_tokens < total:
         line["moments"] = [
-            {"time": round(float(row.times[frame.number]), 3), "tokens": frame.tokens}
-            for frame in remembered.frames[:moments]
+            {"time": round(float(times[each.frame]), 3), "tokens": each.tokens}
+            for each in kept.frames[:moments]
         ]
     return line
 

@@ -50,8 +50,8 @@ class Reply:
       frames: that were read.
       kept_tokens: visual tokens that a layer holds in the end, at most.
       total_tokens: visual tokens that the frames had.
-      moments: the frames that are remembered most, most first; empty under policy ``merge``, whose
-        means belong to no frame.
+      moments: the frames that are remembered most, most first; empty where every token is kept, and
+        under policy ``merge``, whose means belong to no frame.
     """
 
     video: str
@@ -202,7 +202,8 @@ class VideoModel:
             check_text(label, "a label")
         with self._reading(video, [question], sampling, start, end) as (answerer, reading, _):
             name = next(iter(reading.states))
-            scores = np.asarray(answerer.log_likelihoods(reading, name, [labels])[0], np.float64)
+            (found,) = answerer.log_likelihoods(reading, name, [labels])
+        scores = found.log_probs.astype(np.float64)
         shares = np.exp(scores - scores.max())
         shares /= shares.sum()
         order = np.argsort(-scores, kind="stable")
@@ -224,8 +225,7 @@ class VideoModel:
         self._processor.questions(prompts)
         row = self._open(video, sampling, start, end)
         answerer = self._answerer(row.total)
-        count = len(questions)
-        reading = answerer.start(prompts, np.full(count, row.total), np.zeros(count, np.uint32))
+        reading = answerer.start(prompts, np.array([row.total]), np.zeros(1, np.uint32))
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             chunks = lock_step([row], pool, 1, self._chunk, self._size)
             with Progress("read", row.total, unit="frames") as progress:
@@ -279,20 +279,22 @@ class VideoModel:
     ) -> Iterator[Reply]:
         tokens = answerer.tokens_per_frame
         remembered = answerer.remembered(reading, name)
-        for i, answers in enumerate(answerer.answer(reading, name)[: len(questions)]):
-            kept = remembered[i]
+        for question, answers, kept in zip(
+            questions, answerer.answer(reading, name), remembered, strict=True
+        ):
+            total = kept.frames_seen * tokens
             yield Reply(
                 video=str(row.example.video),
-                question=questions[i],
+                question=question,
                 answer=answers[0].text,
                 score=answers[0].score,
                 n_best=tuple(answers),
                 policy=name,
-                frames=len(row.times),
-                kept_tokens=kept.tokens,
-                total_tokens=len(row.times) * tokens,
+                frames=kept.frames_seen,
+                kept_tokens=kept.kept_tokens,
+                total_tokens=total,
                 moments=tuple(
-                    Moment(float(row.times[frame.number]), frame.tokens, frame.score)
-                    for frame in kept.frames[:moments]
+                    Moment(float(row.times[each.frame]), each.tokens, each.score)
+                    for each in kept.frames[: moments if kept.kept_tokens < total else 0]
                 ),
             )

@@ -114,7 +114,7 @@ def keep_compiled() -> None:
     given = os.environ.get(CACHE, "")
     if given == "off" or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    if jax.config.jax_compilation_cache_dir:
+    if jax.config.read("jax_compilation_cache_dir"):
         return
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     jax.config.update(
@@ -225,9 +225,10 @@ def _missing_package(error: Exception) -> UserError | None:
         return UserError(
             "this command needs the repository (data/ and configs/): run it in a clone, at its root"
         )
-    extra = _EXTRAS.get(package)
-    return extra and UserError(
-        f"the package {package} is not installed: pip install 'adacm2-jax[{extra}]'"
+    if package not in _EXTRAS:
+        return None
+    return UserError(
+        f"the package {package} is not installed: pip install 'adacm2-jax[{_EXTRAS[package]}]'"
     )
 
 

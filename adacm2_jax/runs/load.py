@@ -88,7 +88,7 @@ def load(
         mesh=tuple(mesh or experiment.mesh),
         eval=dataclasses.replace(experiment.eval, policies=policies),
     )
-    processor = Processor.load(directory, model)
+    processor = Processor.load(pathlib.Path(directory), model)
     params = load_params(experiment, directory)
     return video_model(experiment, lambda: params, processor)
 

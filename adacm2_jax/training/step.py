@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -140,7 +140,7 @@ def check_step(options: StepConfig, learned: Collection[str], num_frames: int) -
         )
 
 
-def refuse_learning(learned: Sequence[str]) -> None:
+def refuse_learning(learned: Collection[str]) -> None:
     """Refuses features where the ViT learns.
 
     Args:

@@ -207,6 +207,9 @@ def test_several_questions_in_one_pass_equal_each_alone(ask, tmp_path):
     for line, question in zip(together, questions, strict=True):
         (alone,) = ask(tmp_path / "clip.mp4", [question])
         assert alone.pop("score") == pytest.approx(line.pop("score"), abs=1e-5)
+        for one, other in zip(alone.pop("moments"), line.pop("moments"), strict=True):
+            assert one.pop("score") == pytest.approx(other.pop("score"), abs=1e-5)
+            assert one == other
         assert alone == line
 
 
