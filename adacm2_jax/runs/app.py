@@ -114,7 +114,7 @@ def keep_compiled() -> None:
     given = os.environ.get(CACHE, "")
     if given == "off" or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    if jax.config.read("jax_compilation_cache_dir"):
+    if getattr(jax.config, "jax_compilation_cache_dir", None):
         return
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     jax.config.update(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from adacm2_jax.errors import DataError
-from adacm2_jax.video.frames import Chunk, read_frames
+
+if TYPE_CHECKING:  # frames.py needs PyAV, which the library can be imported without
+    from adacm2_jax.video.frames import Chunk
 
 
 @dataclasses.dataclass
@@ -96,6 +98,8 @@ def open_video(example: Any, number: int = 0, **options: Any) -> Row:
     Raises:
       DataError: if the video cannot be opened.
     """
+    from adacm2_jax.video.frames import read_frames
+
     total, chunks = read_frames(example.video, start=example.start, end=example.end, **options)
     return Row(number, example, total, chunks)
 

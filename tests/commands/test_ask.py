@@ -1,0 +1,192 @@
+"""The command adacm2 and the Python door: one video, its answers and what they rest on."""
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import adacm2_jax
+from adacm2_jax.commands.ask import clock
+from adacm2_jax.errors import DataError, UserError
+from tests.small import (
+    QUESTION,
+    ROOT,
+    error_line,
+    process_environment,
+    quick_compilation,
+    run_script,
+)
+from tests.video.make_videos import encode, numbered_frames
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with quick_compilation():
+        yield
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """Twenty seconds, ten frames a second."""
+    path = tmp_path_factory.mktemp("clips") / "clip.mp4"
+    encode(path, numbered_frames(200), fps=10)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(small_run):
+    return adacm2_jax.load(small_run)
+
+
+def test_a_video_is_read_at_one_frame_a_second(model, clip):
+    reply = model.ask(clip, QUESTION)
+    assert reply.video == str(clip) and reply.question == QUESTION
+    assert reply.frames == 20 and reply.total_tokens == 100 and 0 < reply.kept_tokens < 10
+    assert isinstance(reply.answer, str) and math.isfinite(reply.score)
+    assert model.ask(clip, QUESTION, sampling=adacm2_jax.Sampling("fps", 0.5)).frames == 10
+
+
+def test_an_answer_names_the_times_of_what_is_remembered(model, clip):
+    reply = model.ask(clip, QUESTION, start=2.5, end=12.5, moments=100)
+    times = [moment.time for moment in reply.moments]
+    assert set(times) <= {2.5 + second for second in range(10)}
+    assert 11.5 in times  # the newest frame is always seen whole, and its newest tokens stay
+    tokens = [moment.tokens for moment in reply.moments]
+    assert tokens == sorted(tokens, reverse=True) and min(tokens) > 0
+    # No layer holds more than kept_tokens, and this model has one.
+    assert sum(tokens) == reply.kept_tokens
+    assert len(model.ask(clip, QUESTION, moments=1).moments) == 1
+
+
+def test_several_questions_are_answered_in_one_pass(model, clip):
+    questions = [QUESTION, "what is shown?"]
+    replies = model.ask(clip, questions)
+    assert [reply.question for reply in replies] == questions
+    assert model.caption(clip, "what is it?").question == "what is it?"
+
+
+def test_a_memory_that_holds_everything_names_no_moments(small_run, clip):
+    reply = adacm2_jax.load(small_run, policy="full").ask(clip, QUESTION)
+    assert reply.kept_tokens == reply.total_tokens == 100 and reply.moments == ()
+
+
+def test_labels_are_ranked_by_likelihood(model, clip):
+    labels = ["1", "2", "red"]
+    choices = model.choose(clip, labels, QUESTION)
+    assert {choice.label for choice in choices} == set(labels)
+    scores = [choice.log_likelihood for choice in choices]
+    assert scores == sorted(scores, reverse=True) and max(scores) < 0
+    assert sum(choice.probability for choice in choices) == pytest.approx(1)
+    shares = np.exp(np.array(scores) - scores[0])
+    assert [c.probability for c in choices] == pytest.approx(list(shares / shares.sum()))
+    with pytest.raises(UserError, match=r"labels are \['a'\]: give at least two"):
+        model.choose(clip, ["a"])
+
+
+def test_bad_input_is_named(model, small_run, clip, tmp_path):
+    with pytest.raises(DataError, match=r"gone\.mp4: no such file"):
+        model.ask(tmp_path / "gone.mp4", QUESTION)
+    with pytest.raises(UserError, match="the limit is 24"):
+        model.ask(tmp_path / "gone.mp4", "why " * 40)
+    with pytest.raises(UserError, match="questions are empty"):
+        model.ask(clip, [])
+    with pytest.raises(UserError, match="a question is no text at character 3"):
+        model.ask(clip, "o\u00f9\udce9")
+    with pytest.raises(UserError, match=r"memory\.ratio is unknown"):
+        adacm2_jax.load(small_run, memory={"ratio": 1})
+    with pytest.raises(UserError, match=r"no config\.json here"):
+        adacm2_jax.load(tmp_path)
+
+
+def test_the_command_answers_from_any_directory(small_run, clip, tmp_path):
+    command = [sys.executable, "-m", "adacm2_jax.commands", "ask", clip, "--model", small_run]
+    done = subprocess.run(
+        [*command, "--question", QUESTION, "--question", "what?", "--output", "out"],
+        cwd=tmp_path,
+        env=process_environment() | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(QUESTION) and lines[2].startswith("what?")
+    assert "20 frames read" in lines[1] and "remembered most: 0:" in lines[1]
+    lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["question"] for row in rows] == [QUESTION, "what?"]
+    assert {"id", "prediction", "score", "moments", "kept_tokens", "policy"} <= set(rows[0])
+
+
+def test_json_is_a_line_an_answer_and_earlier_files_stay(small_run, clip, tmp_path, capsys):
+    command = ("ask", clip, "--model", small_run, "--question", QUESTION, "--json")
+    for _ in range(2):
+        assert run_script(*command, "--output", tmp_path) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == 2 and lines[0] == lines[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "predictions.1.jsonl",
+        "predictions.jsonl",
+    ]
+
+
+def test_labels_on_the_command_line(small_run, clip, capsys):
+    command = ("choose", clip, "--model", small_run, "--label", "1", "--label", "2")
+    assert run_script(*command, "--question", QUESTION) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all("%" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--fps", "0"], ["sampling.fps=0"]),
+        (["--start", "99"], ["clip.mp4", "start=99"]),
+        (["--policy", "best"], ["best", "adacm2"]),
+        (["--output", "{clip}"], ["clip.mp4", "cannot be written"]),
+    ],
+)
+def test_wrong_flags_are_one_line(small_run, clip, capsys, given, words):
+    given = [word.replace("{clip}", str(clip)) for word in given]
+    status = run_script("ask", clip, "--model", small_run, "--question", QUESTION, *given)
+    line = error_line(capsys)
+    assert status == 2
+    for word in words:
+        assert word in line, line
+
+
+@pytest.mark.parametrize("words", [["--help"], ["ask", "--help"], ["choose", "-h"]])
+def test_help_needs_no_jax(words):
+    program = (
+        "import sys; from adacm2_jax.commands.__main__ import main\n"
+        "try: main(['adacm2', *sys.argv[1:]])\n"
+        "except SystemExit as done: assert not done.code; assert 'jax' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "usage: adacm2" in done.stdout
+
+
+def test_importing_the_package_is_quick_and_imports_nothing():
+    program = (
+        "import sys, time; before, begun = set(sys.modules), time.perf_counter()\n"
+        "import adacm2_jax\n"
+        "print({name.partition('.')[0] for name in set(sys.modules) - before})"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "adacm2_jax" in done.stdout
+    for heavy in ("jax'", "flax", "numpy", "av'"):
+        assert heavy.replace("'", "") + "'" not in done.stdout.replace("adacm2_jax'", "")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (7.04, "0:07"), (67.25, "1:07.2"), (3723, "1:02:03")]
+)
+def test_times_are_for_people(seconds, text):
+    assert clock(seconds) == text
