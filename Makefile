@@ -64,7 +64,7 @@ DEV := $(STAMP)-dev $(ACCELERATED)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install quickstart test check-latest check-transformers check-real-weights check-port \
-  check-beam check-curves check-faults check-memory check-estimate check-full-size memory-table bench lint typecheck format lock clean
+  check-beam check-curves check-faults check-memory check-full-size memory-table bench lint typecheck format lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
@@ -121,11 +121,7 @@ check-curves: $(DEV) ## compare training on more meshes of 8 devices, in one pro
 check-faults: $(DEV) ## kill training runs, fill their disk, lose a process; compare with a run never disturbed
 	$(PY) benchmarks/check_faults.py
 
-check-estimate: $(DEV) ## compare the planner's estimate with XLA's TPU and GPU compilers (an hour)
-	$(PY) $(PIP) --constraint requirements.txt 'jax[cuda12]'
-	$(PY) benchmarks/check_estimate.py
-
-check-full-size: $(DEV) ## compile the full-size steps for TPU slices and H100s: do they fit, compute what they need (an hour)
+check-full-size: $(DEV) ## compile the full-size steps for TPU slices and H100s: do they fit, compute no more than they must (an hour)
 	$(PY) $(PIP) --constraint requirements.txt 'jax[cuda12]'
 	$(PY) benchmarks/check_full_size.py
 

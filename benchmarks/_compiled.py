@@ -36,8 +36,7 @@ def experiment(config: str, overrides: dict):
 def version() -> str:
     """A hash of all that a report depends on but the experiment's fields: code and compilers."""
     files = sorted([*ROOT.glob("adacm2_jax/**/*.py"), *ROOT.glob("configs/*.py")])
-    estimates = ("estimate.py", "phases.py")  # which nothing is compiled from
-    parts = [path.read_bytes() for path in files if path.name not in estimates]
+    parts = [path.read_bytes() for path in files]
     for name in ("jax", "jaxlib", "libtpu", "flax", "optax", "jax-cuda12-plugin"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             parts.append(f"{name} {importlib.metadata.version(name)}".encode())
@@ -45,7 +44,7 @@ def version() -> str:
 
 
 def report(config: str, overrides: dict, topology: str, mesh: tuple[int, int], step: str) -> dict:
-    """What the compiler says, as ``Report.to_json`` holds it."""
+    """What the compiler says, as ``Report.to_json`` and :func:`beside` hold it."""
     case = [config, dict(sorted(overrides.items())), topology, list(mesh), step]
     name = hashlib.sha256(json.dumps([version(), *case]).encode()).hexdigest()[:16]
     path = CACHE / f"{name}.json"
@@ -63,6 +62,30 @@ def report(config: str, overrides: dict, topology: str, mesh: tuple[int, int], s
     return json.loads(path.read_text())["report"]
 
 
+def beside(found, mesh) -> dict:
+    """What the planner does not tell: whether the compiler computes or sends more than it should.
+
+    Returns:
+      ``sent_in_frame_loop``: kinds of collectives; ``flops_by_compiler``: those of XLA's cost
+      analysis over those of the traced program, the body of every loop counted once (None where
+      XLA has no such analysis, as for absent GPUs). Elementwise arithmetic adds to it, and a
+      product that XLA takes to pieces to gather its weight meanwhile counts one piece alone.
+    """
+    from adacm2_jax.plan.flops import product_flops
+    from adacm2_jax.plan.steps import trace
+    from benchmarks._hlo import read
+
+    if found.compiled is None:
+        return {"sent_in_frame_loop": None, "flops_by_compiler": None}
+    sent = [each.kind for each in read(found.compiled.as_text())[0] if each.in_frame_loop]
+    computed = (found.compiled.cost_analysis() or {}).get("flops")
+    counted = product_flops(trace(found.plan, mesh).jaxpr, loops_once=True) / mesh.size
+    return {
+        "sent_in_frame_loop": sent,
+        "flops_by_compiler": computed / counted if computed else None,
+    }
+
+
 def main() -> None:
     import jax
 
@@ -77,7 +100,8 @@ def main() -> None:
     topology = parse_topology(name)
     devices = make_mesh(tuple(mesh), topology_devices(topology))
     plan = make_plan(experiment(config, overrides), step)
-    print(json.dumps(compile_step(plan, topology, devices).to_json()))
+    found = compile_step(plan, topology, devices)
+    print(json.dumps(found.to_json() | beside(found, devices)))
 
 
 if __name__ == "__main__":

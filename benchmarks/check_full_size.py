@@ -3,8 +3,9 @@
     python benchmarks/check_full_size.py
 
 Compiles configs/lvu.py (``eq8``, T = 100) without hardware: training for slices of 16 to 256 TPUs
-and for eight H100s, evaluation for one H100. Each must fit, compute at most 1.10 times the matrix
-products that the model needs (rematerialisation apart), and send nothing inside the frame loop.
+and for eight H100s, evaluation for one H100. Each must fit and send nothing inside the frame loop,
+and the compiler (of TPUs) may compute at most 1.10 times what the traced program does, the body of
+every loop counted once: it would be more if it computed the same rows on several devices.
 Then the training step at T = 16 and T = 1,024 on v5e:4x4, chunks of 16 frames: temporaries within
 2 %; beside it the plain scan (``train.gradient=scan``). Writes docs/full_size.md and exits with 1
 if something does not hold. Compiled reports are kept in ``.cache/plan``; the first run takes half
@@ -38,8 +39,8 @@ def step_rows(failures: list[str]) -> list[str]:
     """A row of the table for each of ``STEPS``; what does not hold is added to ``failures``."""
     lines = [
         "| topology | mesh | step | batch | arguments | of it weights | temporaries | total | of "
-        "| TFLOP a device | needed × | rematerialised | sent in the frame loop |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| TFLOP a device | rematerialised | sent in the frame loop |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for topology, step, batch in STEPS:
         found = report("lvu", overrides("eq8", 100, step, batch), topology, (-1, 1), step)
@@ -52,19 +53,19 @@ def step_rows(failures: list[str]) -> list[str]:
         row += f"{found['hbm'] / GIB:.2f} | "
         if not found["fits"]:
             failures.append(f"{step} on {topology} does not fit")
-            lines.append(row + "does not fit | | | |")
+            lines.append(row + "does not fit | | |")
             continue
-        again = found["flops_rematerialised"] / found["flops_needed"]
-        sent = sum(each["bytes"] for each in found["collectives"] if each["inside_frame_loop"])
+        again, ratio = found["flops_rematerialised"], found["flops_by_compiler"]
+        sent = sorted(set(found["sent_in_frame_loop"]))
         lines.append(
-            row + f"{found['flops'] / 1e12:,.1f} | {found['flops_ratio']:.3f} | {again:.3f} | "
-            f"{'nothing' if sent == 0 else f'{sent / 1e6:,.1f} MB'} |"
+            row + f"{found['flops'] / 1e12:,.1f} | {again / found['flops']:.3f} | "
+            f"{', '.join(sent) or 'nothing'} |"
         )
-        print(lines[-1], flush=True)
-        if found["flops_ratio"] > MOST_FLOPS:
-            failures.append(f"{step} on {topology} computes {found['flops_ratio']:.3f} × the need")
+        print(lines[-1], "" if ratio is None else f"{ratio:.3f} of it by the compiler", flush=True)
+        if ratio is not None and ratio > MOST_FLOPS:
+            failures.append(f"{step} on {topology}: the compiler computes {ratio:.3f} × the step")
         if sent:
-            failures.append(f"{step} on {topology} sends {sent:,} bytes in the frame loop")
+            failures.append(f"{step} on {topology} sends in the frame loop: {', '.join(sent)}")
     return lines
 
 

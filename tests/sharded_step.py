@@ -15,8 +15,6 @@ from jax.sharding import NamedSharding
 from adacm2_jax.inference import steps as streaming
 from adacm2_jax.models.adacm2 import AdaCM2, Question, init_params, init_state, state_specs
 from adacm2_jax.models.params import split_params
-from adacm2_jax.plan.hlo import read as read_hlo
-from adacm2_jax.plan.loops import frame_loops, loop_name
 from adacm2_jax.sharding import make_mesh, param_shardings, replicated, shard_batch
 from adacm2_jax.training.optim import make_optimizer
 from adacm2_jax.training.step import (
@@ -26,6 +24,7 @@ from adacm2_jax.training.step import (
     loss_fn,
     make_train_step,
 )
+from benchmarks import _hlo
 from tests.small import small_model
 
 ROWS, FRAMES = 8, 7
@@ -59,16 +58,11 @@ def make_batch(config) -> Batch:
 
 def frame_collectives(compiled) -> dict:
     """What devices exchange within the loops over frames, and which loops there are."""
-    program = read_hlo(compiled)
-    loops = frame_loops(program)
+    collectives, loops = _hlo.read(compiled.as_text())
     return {
-        "loops": sorted({loop_name(loop, program) for loop in loops}),
-        "all": len(program.collectives),
-        "found": [
-            [collective.kind, list(map(list, collective.shapes))]
-            for collective in program.collectives
-            if set(collective.loops) & set(loops)
-        ],
+        "loops": sorted(_hlo.frame_loops(loops)),
+        "all": len(collectives),
+        "found": [[each.kind, each.shapes] for each in collectives if each.in_frame_loop],
     }
 
 

@@ -2,7 +2,7 @@
 
     python -m adacm2_jax.plan --config configs/lvu.py --topology v5e:4x4
     python -m adacm2_jax.plan --config configs/lvu.py --topology h100 --step stream --json
-    python -m adacm2_jax.plan --config configs/lvu.py --topology v5p:4x4x4 --mesh 32,2 --estimate
+    python -m adacm2_jax.plan --config runs/lvu --topology v5p:4x4x4 --mesh 32,2 --nolargest
 
 Exit status: 0 if every step fits, 1 if one does not, 2 for what its reader can mend.
 """
@@ -10,17 +10,43 @@ Exit status: 0 if every step fits, 1 if one does not, 2 for what its reader can 
 import json
 import re
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 
 from adacm2_jax.errors import UserError
-from adacm2_jax.plan.estimate import abstract_mesh, estimate
+from adacm2_jax.plan import of_run
 from adacm2_jax.plan.report import compile_step, render
 from adacm2_jax.plan.search import largest_batch
 from adacm2_jax.plan.steps import STEPS, make_plan
 from adacm2_jax.plan.topology import parse_topology, topology_devices
 from adacm2_jax.runs import app
 from adacm2_jax.sharding import make_mesh
+
+#: Flag → default, and what it is for.
+FLAGS = {
+    "topology": (None, "Such as v5e:4x4, v5p:4x4x4, h100, a100-40 or h100:8."),
+    "step": ("all", "train, stream, decode, several with commas, or all."),
+    "mesh": (None, "Devices along data and model, such as 8,2 or -1,1; else the experiment's."),
+    "json": (False, "Print JSON."),
+    "largest": (True, "Also find the largest batch that fits: --nolargest spares minutes."),
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command and exits with its status.
+
+    Args:
+      argv: the command's name, then its flags.
+    """
+    if {"--help", "-help", "-h"} & set(argv[1:]):
+        print(_help())
+        sys.exit(0)
+    # The process needs no device: those that it compiles for are not here.
+    jax.config.update("jax_platforms", "cpu")
+    define_flags()
+    app.run(run, argv, (), of_run.named)
 
 
 def define_flags() -> None:
@@ -29,16 +55,13 @@ def define_flags() -> None:
     from ml_collections import config_flags
 
     config_flags.DEFINE_config_file("config", lock_config=True)
-    flags.DEFINE_string("topology", None, "Such as v5e:4x4, v5p:4x4x4, h100, a100-40 or h100:8.")
-    flags.DEFINE_string("step", "all", "train, stream, decode, several with commas, or all.")
-    flags.DEFINE_string("mesh", None, "Devices along data and model, such as 8,2 or -1,1.")
-    flags.DEFINE_boolean("json", False, "Print JSON.")
-    flags.DEFINE_boolean("estimate", False, "From shapes alone, without compiling.")
-    flags.DEFINE_boolean("largest", True, "Also find the largest batch that fits.")
+    for name, (default, told) in FLAGS.items():
+        define: Any = flags.DEFINE_boolean if isinstance(default, bool) else flags.DEFINE_string
+        define(name, default, told)
 
 
-def main() -> int:
-    """Runs the command; returns its exit status."""
+def run() -> int:
+    """Does what the flags ask for; returns the exit status."""
     from absl import flags
 
     given = flags.FLAGS
@@ -49,27 +72,31 @@ def main() -> int:
     topology = parse_topology(given.topology)
     shape = _mesh_shape(given.mesh, given.config)
     plans = [make_plan(given.config, step) for step in _steps(given.step)]
-    if given.estimate:
-        mesh = abstract_mesh(shape, topology)
-    else:
-        mesh = make_mesh(shape, topology_devices(topology))
+    mesh = make_mesh(shape, topology_devices(topology))
     results = []
     for plan in plans:
-        if given.estimate:
-            result = estimate(plan, topology, mesh)
-            found = largest_batch(plan, topology, shape, compiled=False) if given.largest else None
-        else:
-            print(f"compiling {plan.step} for {topology.name} …", file=sys.stderr, flush=True)
-            result = compile_step(plan, topology, mesh).to_json()
-            found = largest_batch(plan, topology, shape) if given.largest else None
-        if found is not None:
-            result |= found
+        print(f"compiling {plan.step} for {topology.name} …", file=sys.stderr, flush=True)
+        report = compile_step(plan, topology, mesh)
+        result = report.to_json()
+        if given.largest:
+            print("looking for its largest batch …", file=sys.stderr, flush=True)
+            result |= largest_batch(report, topology, mesh)
         results.append(result)
         if not given.json:
             print(render(result), flush=True)
     if given.json:
         print(json.dumps(results, indent=1))
     return 0 if all(result["fits"] for result in results) else 1
+
+
+def _help() -> str:
+    rows = {"config": (None, "A file of configs/, or a run's directory."), **FLAGS}
+    rows["config.FIELD"] = (None, "Any field of the experiment: --config.train.batch_size=16.")
+    lines = [
+        f"  --{name:<14}{told}" + (f" Default: {default}." if default else "")
+        for name, (default, told) in rows.items()
+    ]
+    return "\n".join([str(__doc__), "Flags:", *lines])
 
 
 def _steps(text: str) -> list[str]:
@@ -88,7 +115,4 @@ def _mesh_shape(text: str | None, config) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    # The process needs no device: those that it compiles for are not here.
-    jax.config.update("jax_platforms", "cpu")
-    define_flags()
-    app.run(main, sys.argv, ())
+    main(sys.argv)

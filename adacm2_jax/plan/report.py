@@ -1,6 +1,5 @@
-"""What the compiler makes of a step: memory, arithmetic, communication, and whether it fits."""
+"""What the compiler makes of a step: its memory, its arithmetic, and whether it fits."""
 
-import collections
 import dataclasses
 import re
 import time
@@ -10,10 +9,8 @@ import jax
 from jax.sharding import Mesh
 
 from adacm2_jax.errors import UserError
-from adacm2_jax.plan.hlo import Program, executions, read
-from adacm2_jax.plan.loops import frame_loops, loop_path
-from adacm2_jax.plan.need import need
-from adacm2_jax.plan.steps import Plan, device_bytes, lower, params_bytes, program
+from adacm2_jax.plan.flops import product_flops
+from adacm2_jax.plan.steps import Plan, device_bytes, lower, params_bytes, program, trace
 from adacm2_jax.plan.topology import GIB, Topology
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -57,11 +54,10 @@ class Report:
       mesh: devices along ``data`` and ``model``.
       memory: bytes on a device.
       fits: whether ``memory.total`` is within the device's HBM.
-      flops: of matrix products, on a device; None where it does not fit.
-      bytes_accessed: read and written, on a device.
-      collectives: rows of kind, loop, count, bytes, and whether they stand in the frame loop.
+      flops: of matrix products, on a device, see :func:`device_flops`.
+      rematerialised: of these, what is computed a second time to spare memory.
       seconds: that compiling took.
-      program: the optimised module.
+      compiled: the program, for more questions; None where XLA refused it.
     """
 
     plan: Plan
@@ -69,20 +65,17 @@ class Report:
     mesh: tuple[int, int]
     memory: Memory
     fits: bool
-    flops: float | None = None
-    bytes_accessed: float | None = None
-    collectives: tuple[dict, ...] = ()
-    seconds: float = 0.0
-    program: Program | None = dataclasses.field(default=None, repr=False)
+    flops: float
+    rematerialised: float
+    seconds: float
+    compiled: jax.stages.Compiled | None = dataclasses.field(repr=False)
 
     def to_json(self) -> dict:
         """For machines; bytes and FLOPs are those of one device."""
-        wanted = need(self.plan)
-        devices = self.topology.count
-        result = {
+        return {
             "step": self.plan.step,
             "topology": self.topology.name,
-            "devices": devices,
+            "devices": self.topology.count,
             "mesh": list(self.mesh),
             "batch_size": self.plan.batch,
             "frames": self.plan.frames,
@@ -91,20 +84,10 @@ class Report:
             "hbm": self.topology.chip.hbm,
             "fits": self.fits,
             "compile_seconds": round(self.seconds, 1),
+            "flops": self.flops,
+            "flops_rematerialised": self.rematerialised,
+            "least_seconds": self.flops / self.topology.chip.flops,
         }
-        if self.flops is not None and self.bytes_accessed is not None:
-            needed, again = wanted.total / devices, wanted.remat / devices
-            result |= {
-                "flops": self.flops,
-                "flops_needed": needed,
-                "flops_rematerialised": again,
-                "flops_ratio": (self.flops - again) / needed,
-                "bytes_accessed": self.bytes_accessed,
-                "arithmetic_intensity": self.flops / max(self.bytes_accessed, 1),
-                "ridge": self.topology.chip.flops / self.topology.chip.bandwidth,
-                "collectives": list(self.collectives),
-            }
-        return result
 
 
 def compile_step(plan: Plan, topology: Topology, mesh: Mesh) -> Report:
@@ -113,37 +96,60 @@ def compile_step(plan: Plan, topology: Topology, mesh: Mesh) -> Report:
     Raises:
       UserError: if plan and mesh do not fit together.
     """
+    traced = trace(plan, mesh)
+    flops, again = device_flops(plan, mesh, traced), 0.0
+    if plan.step == "train" and plan.model.remat:
+        keeping = dataclasses.replace(plan, model=dataclasses.replace(plan.model, remat=False))
+        again = flops - device_flops(keeping, mesh)
     start = time.perf_counter()
-    lowered = lower(plan, mesh)
-    shape = (mesh.shape["data"], mesh.shape["model"])
+    memory, compiled = _compile(traced, plan, topology, mesh)
+    return Report(
+        plan=plan,
+        topology=topology,
+        mesh=(mesh.shape["data"], mesh.shape["model"]),
+        memory=memory,
+        fits=compiled is not None and memory.total <= topology.chip.hbm,
+        flops=flops,
+        rematerialised=again,
+        seconds=time.perf_counter() - start,
+        compiled=compiled,
+    )
+
+
+def device_flops(plan: Plan, mesh: Mesh, traced: jax.stages.Traced | None = None) -> float:
+    """What a device computes: that of all devices together (``product_flops``), divided by them.
+
+    Decoding is taken to its last token. A batch that does not divide over ``data`` is computed by
+    every shard of it. Otherwise work counts as evenly divided, as the step asks for; whether the
+    compiler does more is checked by ``benchmarks/check_full_size.py``.
+
+    Args:
+      plan: the step.
+      mesh: of real or absent devices.
+      traced: the step, if it is there.
+    """
+    traced = trace(plan, mesh) if traced is None else traced
+    rounds = plan.generation.max_new_tokens - 1 if plan.step == "decode" else 1
+    divides = plan.batch % mesh.shape["data"] == 0
+    return product_flops(traced.jaxpr, rounds) / (mesh.size if divides else mesh.shape["model"])
+
+
+def _compile(
+    traced: jax.stages.Traced, plan: Plan, topology: Topology, mesh: Mesh
+) -> tuple[Memory, jax.stages.Compiled | None]:
+    """What the compiler says, and the program unless XLA refuses it."""
     options = _GPU_OPTIONS if topology.chip.platform == "cuda" else None
     try:
-        compiled = lowered.compile(compiler_options=options)
+        compiled = lower(traced, mesh).compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         memory = _refused(str(error), plan, mesh)
         if memory is None:
             raise
-        seconds = time.perf_counter() - start
-        return Report(plan, topology, shape, memory, False, seconds=seconds)
-    seconds = time.perf_counter() - start
-    module = read(compiled)
-    memory = _memory(compiled, plan, mesh)
-    unknown = plan.generation.max_new_tokens - 1 if plan.step == "decode" else 1
-    return Report(
-        plan=plan,
-        topology=topology,
-        mesh=shape,
-        memory=memory,
-        fits=memory.total <= topology.chip.hbm,
-        flops=module.flops(unknown),
-        bytes_accessed=module.bytes_accessed(unknown),
-        collectives=_collectives(module, unknown),
-        seconds=seconds,
-        program=module,
-    )
+        return memory, None
+    return _memory(compiled, plan, mesh), compiled
 
 
-def _memory(compiled, plan: Plan, mesh: Mesh) -> Memory:
+def _memory(compiled: Any, plan: Plan, mesh: Mesh) -> Memory:
     found = compiled.memory_analysis()
     new = found.output_size_in_bytes - found.alias_size_in_bytes
     return Memory(
@@ -182,35 +188,8 @@ def _refused(message: str, plan: Plan, mesh: Mesh) -> Memory | None:
     return Memory(arguments, max(0, total - arguments), 0, 0, 0, parameters, total, exact=False)
 
 
-def _collectives(module: Program, unknown: int) -> tuple[dict, ...]:
-    """One row for each kind and loop, with what arrives on a device."""
-    counts: collections.Counter = collections.Counter()
-    sizes: collections.Counter = collections.Counter()
-    largest: dict = {}
-    watched = set(frame_loops(module))
-    for each in module.collectives:
-        inside = any(loop in watched for loop in each.loops)
-        row = each.kind, loop_path(each.loops, module), bool(each.loops), inside
-        times = executions(each.loops, unknown) or 0
-        counts[row] += times
-        sizes[row] += each.bytes * times
-        largest[row] = max(largest.get(row, 0), each.bytes)
-    return tuple(
-        {
-            "kind": row[0],
-            "loop": row[1],
-            "inside_loop": row[2],
-            "inside_frame_loop": row[3],
-            "count": counts[row],
-            "bytes": sizes[row],
-            "largest": largest[row],
-        }
-        for row in sorted(counts, key=lambda row: -sizes[row])
-    )
-
-
 def render(result: dict) -> str:
-    """A report as text, from what ``to_json`` (or the estimate's) holds."""
+    """A report as text, from what ``to_json`` holds, and ``largest_batch`` beside it."""
     memory, hbm = result["memory"], result["hbm"]
     share = memory["total"] / hbm
     lines = [
@@ -220,38 +199,22 @@ def render(result: dict) -> str:
         "  bytes a device",
     ]
     rows = ["arguments", "temporaries", "output", "aliased", "code"]
-    if not memory.get("exact", True):
-        rows = ["arguments", "temporaries"]
-    for name in rows:
+    for name in rows if memory["exact"] else rows[:2]:
         note = f"  of it parameters {_gib(memory['parameters'])}" if name == "arguments" else ""
         lines.append(f"    {name:<12}{_gib(memory[name]):>12}{note}")
     verdict = "fits" if result["fits"] else "does not fit"
     lines.append(
         f"    {'total':<12}{_gib(memory['total']):>12}  of {_gib(hbm)} ({share:.0%}): {verdict}"
     )
-    if "flops" in result:
-        needed, ratio = result["flops_needed"], result["flops_ratio"]
-        bound = "compute" if result["arithmetic_intensity"] > result["ridge"] else "bandwidth"
-        lines += [
-            f"  {result['flops'] / 1e12:,.2f} TFLOP a device = {needed / 1e12:,.2f} needed × "
-            f"({ratio:.3f} + {result['flops_rematerialised'] / needed:.3f} rematerialised); "
-            f"{needed / result['flops']:.1%} of what is computed is needed",
-            f"  {result['bytes_accessed'] / 1e9:,.1f} GB accessed; "
-            f"{result['arithmetic_intensity']:.0f} FLOP a byte, the device's balance is "
-            f"{result['ridge']:.0f}: bound by {bound}",
-            "  collectives" + ("" if result["collectives"] else ": none"),
-        ]
-        for row in result["collectives"]:
-            where = " (inside the frame loop)" if row["inside_frame_loop"] else ""
-            lines.append(
-                f"    {row['kind']:<20}{row['count']:>7} ×, {row['bytes'] / 1e6:>11,.2f} MB  "
-                f"{row['loop']}{where}"
-            )
+    again = result["flops_rematerialised"] / result["flops"]
+    lines.append(
+        f"  {result['flops'] / 1e12:,.2f} TFLOP a device ({again:.1%} rematerialised): at least "
+        f"{result['least_seconds']:,.3f} s at the device's peak"
+    )
     if "largest_batch" in result:
-        by = "compiler" if result["largest_batch_confirmed"] else "estimate"
         lines.append(
             f"  largest batch that fits: {result['largest_batch']}; {result['too_large_batch']} "
-            f"does not (by the {by})"
+            "does not"
         )
     return "\n".join(lines)
 

@@ -1,72 +1,83 @@
-"""The largest batch that fits: looked for by the estimate, and from there by the compiler."""
+"""The largest batch that fits, by the compiler alone."""
 
 import dataclasses
 from collections.abc import Callable
 
-from adacm2_jax.plan.estimate import abstract_mesh, estimate
-from adacm2_jax.plan.report import compile_step
-from adacm2_jax.plan.steps import Plan
-from adacm2_jax.plan.topology import Topology, topology_devices
-from adacm2_jax.sharding import make_mesh
+from jax.sharding import Mesh
 
-#: How fine the compiler is asked, as a share of the estimate's answer: it takes minutes.
-GRAIN = 0.05
+from adacm2_jax.plan.report import Report, compile_step
+from adacm2_jax.plan.topology import Topology
+
+#: How fine the answer is, as a share of it: each question takes the compiler a minute or more.
+GRAIN = 0.02
+#: Questions before what is still open is halved.
+SECANTS = 7
+#: How far beyond a batch that fits the next one may lie: enormous ones compile slowly.
+FARTHEST = 8
 
 
-def largest_batch(
-    plan: Plan, topology: Topology, shape: tuple[int, int], compiled: bool = True
-) -> dict:
+def largest_batch(first: Report, topology: Topology, mesh: Mesh) -> dict:
     """The most rows that fit on all devices together.
 
     Args:
-      plan: the step; its own batch does not count.
-      topology: the devices.
-      shape: of the mesh.
-      compiled: whether the compiler says what fits, from the estimate's answer on, to within
-        ``GRAIN`` of it; else the estimate does, to the row of a device.
+      first: the step, compiled with its own batch.
+      topology, mesh: that it was compiled for.
 
     Returns:
-      ``largest_batch`` (0 where not even the smallest fits), ``too_large_batch`` (the next that was
-      tried, which does not fit), and ``largest_batch_confirmed``: both by the compiler.
+      ``largest_batch`` (0 where not even the smallest fits) and ``too_large_batch`` (that does not
+      fit): one row a device (times ``train.accumulate``) apart, or ``GRAIN`` of the batch.
     """
-    mesh = abstract_mesh(shape, topology)
+    plan, limit = first.plan, topology.chip.hbm
     unit = mesh.shape["data"] * (plan.how.accumulate if plan.step == "train" else 1)
 
-    def sized(times: int) -> Plan:
-        return dataclasses.replace(plan, batch=unit * times)
+    def total(times: int) -> int:
+        sized = dataclasses.replace(plan, batch=times * unit)
+        found = first if sized == plan else compile_step(sized, topology, mesh)
+        # What XLA says of a program that it refuses is rounded.
+        return found.memory.total if found.fits else max(found.memory.total, limit + 1)
 
-    low, high = bracket(lambda times: estimate(sized(times), topology, mesh)["fits"], 1, 1)
-    if compiled:
-        real = make_mesh(shape, topology_devices(topology))
-        start = max(low, 1)
-        grain = max(1, int(GRAIN * start))
-        low, high = bracket(
-            lambda times: compile_step(sized(times), topology, real).fits, start, grain
-        )
-    return {
-        "largest_batch": low * unit,
-        "too_large_batch": high * unit,
-        "largest_batch_confirmed": compiled,
-    }
+    low, high = bracket(total, limit, max(1, plan.batch // unit))
+    return {"largest_batch": low * unit, "too_large_batch": high * unit}
 
 
-def bracket(fits: Callable[[int], bool], start: int, grain: int) -> tuple[int, int]:
-    """Two numbers at most ``grain`` apart, of which the smaller fits and the larger does not.
+def bracket(total: Callable[[int], int], limit: int, start: int) -> tuple[int, int]:
+    """The largest number whose total is within the limit, and a larger one whose total is not.
 
-    From ``start`` up or down in steps of ``grain``, each twice the last, then by halves. 0 counts
-    as what fits. Upwards it ends because the arguments grow with the batch.
+    What a step needs is very nearly a constant and so much a row, so the line through two totals
+    says where to ask next, and the better the nearer these are.
+
+    Args:
+      total: asked once a number; it grows without bound.
+      limit: that it may reach.
+      start: asked first, at least 1.
+
+    Returns:
+      Two numbers at most ``GRAIN`` of the smaller apart, or neighbours; 0 and 1 if nothing fits.
     """
-    low, high, step = 0, start, grain
-    if fits(start):
-        low, high = start, start + step
-        while fits(high):
-            step *= 2
-            low, high = high, high + step
-    else:
-        while (lower := high - step) > 0 and not fits(lower):
-            high, step = lower, 2 * step
-        low = max(lower, 0)
-    while high - low > grain:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low, high
+    known = {start: total(start)}
+    while True:
+        fitting = sorted(times for times in known if known[times] <= limit)
+        beyond = sorted(times for times in known if known[times] > limit)
+        low, high = max(fitting, default=0), min(beyond, default=None)
+        step = max(1, int(GRAIN * low))
+        if high is not None and high - low <= step:
+            return low, high
+        if len(known) == 1:
+            times = 2 * start if high is None else start // 2
+        elif high is None:
+            times = min(_crossing(known, *fitting[-2:], limit), FARTHEST * low)
+        elif len(known) < SECANTS:
+            pair = (low, high) if fitting else beyond[:2]
+            times = _crossing(known, *pair, limit)
+        else:
+            times = (low + high) // 2
+        times = max(times, low + step)
+        if high is not None:
+            times = min(times, max(high - step, low + 1))
+        known[times] = total(times)
+
+
+def _crossing(known: dict[int, int], one: int, other: int, limit: int) -> int:
+    """Where the line through two totals reaches the limit, rounded down."""
+    slope = (known[other] - known[one]) / (other - one)
+    return int(one + (limit - known[one]) // slope) if slope > 0 else FARTHEST * other

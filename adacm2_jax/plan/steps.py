@@ -95,15 +95,22 @@ def make_plan(config: Any, step: str) -> Plan:
     )
 
 
-def lower(plan: Plan, mesh: Mesh) -> jax.stages.Lowered:
-    """The program before the compiler, for the devices of ``mesh``.
+def trace(plan: Plan, mesh: Mesh) -> jax.stages.Traced:
+    """The program as it is traced for the devices of ``mesh``.
 
     Raises:
       UserError: if plan and mesh do not fit together.
     """
     function, arguments = program(plan, mesh)
     with jax.set_mesh(mesh):
-        return function.trace(*arguments).lower(lowering_platforms=_platforms(mesh))
+        return function.trace(*arguments)
+
+
+def lower(traced: jax.stages.Traced, mesh: Mesh) -> jax.stages.Lowered:
+    """What the compiler for these devices is given."""
+    platform = mesh.devices.flat[0].platform.replace("gpu", "cuda")
+    with jax.set_mesh(mesh):
+        return traced.lower(lowering_platforms=(platform,))
 
 
 def program(plan: Plan, mesh: Mesh) -> tuple[Any, tuple]:
@@ -218,7 +225,3 @@ def _rows(batch: int, mesh: Mesh) -> Callable[..., Any]:
 
 def _pixels(model: AdaCM2Config) -> tuple[int, int, int]:
     return model.vision.image_size, model.vision.image_size, 3
-
-
-def _platforms(mesh: Mesh) -> tuple[str, ...]:
-    return (mesh.devices.flat[0].platform.replace("gpu", "cuda"),)

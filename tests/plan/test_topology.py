@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from adacm2_jax.errors import UserError
-from adacm2_jax.plan.estimate import abstract_mesh
 from adacm2_jax.plan.topology import CHIPS, Topology, parse_topology, topology_devices
 from adacm2_jax.sharding import data_share, make_mesh, rows_per_process
 
@@ -87,7 +86,7 @@ def test_chips_have_a_balance_between_arithmetic_and_memory():
 @pytest.mark.parametrize("shape", [(3, 1), (0, 4), (-1, 3), (4, 2)])
 def test_a_mesh_that_does_not_cover_the_topology_is_refused(shape):
     with pytest.raises(UserError, match="does not cover"):
-        abstract_mesh(shape, parse_topology("v5e:2x2"))
+        make_mesh(shape, topology_devices(parse_topology("v5e:2x2")))
 
 
 @pytest.mark.parametrize(
