@@ -65,10 +65,11 @@ def bracket(total: Callable[[int], int], limit: int, start: int) -> tuple[int, i
         if len(known) == 1:
             times = 2 * start if high is None else start // 2
         elif high is None:
-            times = min(_crossing(known, *fitting[-2:], limit), FARTHEST * low)
+            line = fitting[-2], fitting[-1]
+            times = min(_crossing(known, line, limit), FARTHEST * low)
         elif len(known) < SECANTS:
-            pair = (low, high) if fitting else beyond[:2]
-            times = _crossing(known, *pair, limit)
+            line = (low, high) if fitting else (beyond[0], beyond[1])
+            times = _crossing(known, line, limit)
         else:
             times = (low + high) // 2
         times = max(times, low + step)
@@ -77,7 +78,8 @@ def bracket(total: Callable[[int], int], limit: int, start: int) -> tuple[int, i
         known[times] = total(times)
 
 
-def _crossing(known: dict[int, int], one: int, other: int, limit: int) -> int:
+def _crossing(known: dict[int, int], line: tuple[int, int], limit: int) -> int:
     """Where the line through two totals reaches the limit, rounded down."""
+    one, other = line
     slope = (known[other] - known[one]) / (other - one)
     return int(one + (limit - known[one]) // slope) if slope > 0 else FARTHEST * other
