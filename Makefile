@@ -1,5 +1,5 @@
-# `make help` lists what there is to do. Everything is installed from PyPI into .venv, and for three
-# checks into .venv-latest, .venv-transformers4 and .venv-beam; nowhere else.
+# `make help` lists what there is to do. Everything is installed from PyPI into .venv, and for four
+# checks into .venv-latest, .venv-transformers4, .venv-beam and .venv-wheel; nowhere else.
 
 # --- Settings: give them on the command line, for example `make test PYTHON=python3.12` ---------------
 # PYTHON         interpreter that .venv is made with: 3.11, 3.12 or 3.13
@@ -12,6 +12,7 @@ VENV ?= .venv
 VENV_LATEST ?= .venv-latest
 VENV_TRANSFORMERS4 ?= .venv-transformers4
 VENV_BEAM ?= .venv-beam
+VENV_WHEEL ?= .venv-wheel
 PYTHON_LATEST ?= python3.13
 ACCELERATOR ?=
 WORKERS ?= 2
@@ -64,7 +65,7 @@ DEV := $(STAMP)-dev $(ACCELERATED)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install quickstart test check-latest check-transformers check-real-weights check-port \
-  check-beam check-curves check-faults check-memory check-full-size memory-table bench lint typecheck format lock clean
+  check-beam check-wheel check-curves check-faults check-memory check-full-size memory-table bench lint typecheck format lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
@@ -107,6 +108,10 @@ check-real-weights: $(DEV) ## compare trained weights (SmolLM2, MiniLM) with tra
 
 check-port: $(DEV) ## convert and verify a random checkpoint of full size (32 GB of disk)
 	$(PY) benchmarks/check_port.py
+
+check-wheel: $(DEV) ## build the wheel, install it with its extra video into .venv-wheel, ask from an empty directory
+	@$(PYTHON) -m venv --clear $(VENV_WHEEL)
+	$(PY) benchmarks/check_wheel.py $(VENV_WHEEL)
 
 check-beam: requirements-dev.txt ## run the tests of the Beam pipeline with its direct runner, in .venv-beam
 	@test -n "$(PY_VERSION)" || { echo "error: PYTHON=$(PYTHON) is not a working Python 3.11, 3.12 or 3.13" >&2; exit 1; }
@@ -154,7 +159,7 @@ lock: $(DEV) ## pin requirements.txt and requirements-dev.txt anew (LOCK_ARGS=--
 	  --constraint requirements.txt --output-file requirements-dev.txt
 
 clean: ## remove environments, caches and build output (runs/ stays)
-	rm -rf $(VENV) $(VENV_LATEST) $(VENV_TRANSFORMERS4) $(VENV_BEAM) .cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(VENV_LATEST) $(VENV_TRANSFORMERS4) $(VENV_BEAM) $(VENV_WHEEL) .cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- Environments ------------------------------------------------------------------------------------
@@ -169,11 +174,13 @@ $(STAMP)-base:
 $(STAMP)-run: requirements.txt $(STAMP)-base
 	@echo "Installing requirements.txt into $(VENV) (about 1 GB)"
 	@$(PY) $(PIP_LOCKED) --requirement requirements.txt
+	@$(PY) $(PIP_LOCKED) --editable .
 	@touch $@
 
 $(STAMP)-dev: requirements-dev.txt requirements.txt $(STAMP)-base
 	@echo "Installing requirements-dev.txt into $(VENV) (about 2 GB)"
 	@$(PY) $(PIP_LOCKED) --requirement requirements-dev.txt
+	@$(PY) $(PIP_LOCKED) --editable .
 	@touch $(STAMP)-run $@
 
 $(addprefix $(STAMP)-,cuda cuda12 cuda13 tpu): $(STAMP)-%: requirements.txt | $(STAMP)-run
