@@ -1,5 +1,6 @@
 """A run that is stopped, killed or moved goes on as if nothing had been; another one is refused."""
 
+import json
 import os
 import shutil
 import signal
@@ -11,9 +12,10 @@ import pytest
 
 from adacm2_jax.files import write_json
 from adacm2_jax.runs.checkpoint import Checkpoints
+from adacm2_jax.runs.lock import locked
 from adacm2_jax.runs.workdir import read_config, read_link, saved_steps
 from benchmarks._runs import differences
-from benchmarks.check_faults import signal_at_step, start
+from benchmarks.check_faults import signal_at_step, start, wait_for_step
 from tests.small import (
     STEPS,
     arguments,
@@ -24,6 +26,7 @@ from tests.small import (
     run_process,
     run_script,
 )
+from tests.video.make_videos import encode, numbered_frames
 
 
 def test_killed_and_terminated_a_run_ends_bitwise_as_if_nothing_had_been(
@@ -39,6 +42,85 @@ def test_killed_and_terminated_a_run_ends_bitwise_as_if_nothing_had_been(
     assert done.returncode == 0 and "resumed" in done.stdout
     assert differences(small_run, tmp_path / "run") == []
     assert rows_of(tmp_path / "run") == rows_of(small_run)
+
+
+def test_ctrl_c_saves_and_says_so_and_the_same_command_goes_on(small_run, data_dir, tmp_path):
+    command = [sys.executable, "train.py", *arguments(tmp_path / "run", data_dir)]
+    process = start(command, process_environment())
+    wait_for_step([process], tmp_path / "run", 4)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 128 + signal.SIGINT
+    assert "stopping after this step, which is saved" in output
+    assert saved_steps(tmp_path / "run")[-1] in range(4, STEPS)
+    assert run_script("train.py", *command[2:]) == 0
+    assert differences(small_run, tmp_path / "run") == []
+
+
+def test_a_finished_run_is_extended_to_more_steps(small_run, data_dir, tmp_path, capsys):
+    shutil.copytree(small_run, tmp_path / "run")
+    command = arguments(tmp_path / "run", data_dir, train__steps=STEPS + 2)
+    assert run_script("train.py", *command) == 0
+    rows = [row for row in rows_of(tmp_path / "run") if "loss" in row]
+    assert [row["step"] for row in rows] == [*range(1, STEPS + 3)]
+    assert rows[:STEPS] == [row for row in rows_of(small_run) if "loss" in row]
+    # The cosine is that of the new length: 2 of 9 steps of it are left, after a warm-up of 2.
+    peak, share = 3e-3, (STEPS - 2) / STEPS
+    assert rows[STEPS]["learning_rate"] == pytest.approx(
+        peak * (1 + np.cos(np.pi * share)) / 2, rel=1e-5
+    )
+    assert read_config(tmp_path / "run")["train"]["steps"] == STEPS + 2
+    # What was predicted before is still there.
+    before = (small_run / "predictions.jsonl").read_text()
+    assert (tmp_path / "run" / "predictions.1.jsonl").read_text() == before
+    capsys.readouterr()
+    assert run_script("train.py", *arguments(tmp_path / "run", data_dir)) == 2
+    assert f"train.steps = {STEPS}, but" in error_line(capsys)
+
+
+def test_a_second_training_in_the_same_directory_is_refused(
+    compiled_once, data_dir, tmp_path, capsys
+):
+    tmp_path.joinpath("run").mkdir()
+    with locked(tmp_path / "run"):
+        assert run_script("train.py", *arguments(tmp_path / "run", data_dir)) == 2
+    assert "another process is training there" in error_line(capsys)
+    assert not (tmp_path / "run" / "config.json").exists()
+    with locked(tmp_path / "run"):  # it was let go of
+        pass
+
+
+@pytest.mark.parametrize("change", ["order", "answer", "window"])
+def test_changed_training_data_is_refused(compiled_once, tmp_path, capsys, change):
+    encode(tmp_path / "clip.mp4", numbered_frames(40), fps=10)
+    rows = [
+        {"id": str(i), "video": "clip.mp4", "question": "what?", "answer": a, "start": i}
+        for i, a in enumerate("ab")
+    ]
+
+    def write() -> None:
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "train.jsonl").write_text(lines)
+
+    def command(steps: int) -> list[str]:
+        return [
+            *arguments(tmp_path / "run", tmp_path, data__source="jsonl", train__steps=steps),
+            "--config.train.batch_size=2",
+            f"--config.data.jsonl.train={tmp_path / 'train.jsonl'}",
+            f"--config.data.jsonl.test={tmp_path / 'train.jsonl'}",
+        ]
+
+    write()
+    assert run_script("train.py", *command(1)) == 0
+    if change == "order":
+        rows.reverse()
+    elif change == "answer":
+        rows[0]["answer"] = "c"
+    else:
+        rows[0]["end"] = 2
+    write()
+    assert run_script("train.py", *command(2)) == 2
+    assert "are not those that the checkpoint was written with" in error_line(capsys)
 
 
 def test_with_cached_clips_a_killed_run_ends_the_same_too(compiled_once, data_dir, tmp_path):
