@@ -94,12 +94,13 @@ def main() -> None:
     from adacm2_jax.plan.report import compile_step
     from adacm2_jax.plan.steps import make_plan
     from adacm2_jax.plan.topology import parse_topology, topology_devices
+    from adacm2_jax.runs.experiment import read
     from adacm2_jax.sharding import make_mesh
 
     config, overrides, name, mesh, step = ast.literal_eval(sys.argv[1])
     topology = parse_topology(name)
     devices = make_mesh(tuple(mesh), topology_devices(topology))
-    plan = make_plan(experiment(config, overrides), step)
+    plan = make_plan(read(experiment(config, overrides)), step)
     found = compile_step(plan, topology, devices)
     print(json.dumps(found.to_json() | beside(found, devices)))
 

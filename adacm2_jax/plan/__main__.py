@@ -1,8 +1,8 @@
 """Compiles an experiment for accelerators that are not here, and says what it needs there.
 
-    python -m adacm2_jax.plan --config configs/lvu.py --topology v5e:4x4
-    python -m adacm2_jax.plan --config configs/lvu.py --topology h100 --step stream --json
-    python -m adacm2_jax.plan --config runs/lvu --topology v5p:4x4x4 --mesh 32,2 --nolargest
+    adacm2 plan --config configs/lvu.py --topology v5e:4x4
+    adacm2 plan --config configs/lvu.py --topology h100 --step stream --json
+    adacm2 plan --config runs/lvu --topology v5p:4x4x4 --mesh 32,2 --nolargest
 
 Exit status: 0 if every step fits, 1 if one does not, 2 for what its reader can mend.
 """
@@ -11,7 +11,6 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
@@ -22,31 +21,20 @@ from adacm2_jax.plan.search import largest_batch
 from adacm2_jax.plan.steps import STEPS, make_plan
 from adacm2_jax.plan.topology import parse_topology, topology_devices
 from adacm2_jax.runs import app
+from adacm2_jax.runs.experiment import read
 from adacm2_jax.sharding import make_mesh
 
-#: Flag → default, and what it is for.
-FLAGS = {
-    "topology": (None, "Such as v5e:4x4, v5p:4x4x4, h100, a100-40 or h100:8."),
-    "step": ("all", "train, stream, decode, several with commas, or all."),
-    "mesh": (None, "Devices along data and model, such as 8,2 or -1,1; else the experiment's."),
-    "json": (False, "Print JSON."),
-    "largest": (True, "Also find the largest batch that fits: --nolargest spares minutes."),
-}
 
-
-def main(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str]) -> None:
     """Runs the command and exits with its status.
 
     Args:
       argv: the command's name, then its flags.
     """
-    if {"--help", "-help", "-h"} & set(argv[1:]):
-        print(_help())
-        sys.exit(0)
     # The process needs no device: those that it compiles for are not here.
     jax.config.update("jax_platforms", "cpu")
     define_flags()
-    app.run(run, argv, (), of_run.named)
+    app.run(main, argv, str(__doc__), of_run.named)
 
 
 def define_flags() -> None:
@@ -54,13 +42,19 @@ def define_flags() -> None:
     from absl import flags
     from ml_collections import config_flags
 
-    config_flags.DEFINE_config_file("config", lock_config=True)
-    for name, (default, told) in FLAGS.items():
-        define: Any = flags.DEFINE_boolean if isinstance(default, bool) else flags.DEFINE_string
-        define(name, default, told)
+    config_flags.DEFINE_config_file(
+        "config", lock_config=True, help_string="A file of configs/, or a run's directory."
+    )
+    flags.DEFINE_string("topology", None, "Such as v5e:4x4, v5p:4x4x4, h100, a100-40 or h100:8.")
+    flags.DEFINE_string("step", "all", "train, stream, decode, several with commas, or all.")
+    flags.DEFINE_string("mesh", None, "Devices along data and model, such as 8,2 or -1,1.")
+    flags.DEFINE_boolean("json", False, "Print JSON.")
+    flags.DEFINE_boolean(
+        "largest", True, "Also find the largest batch; --nolargest spares minutes."
+    )
 
 
-def run() -> int:
+def main() -> int:
     """Does what the flags ask for; returns the exit status."""
     from absl import flags
 
@@ -69,9 +63,9 @@ def run() -> int:
         if getattr(given, name) is None:
             example = {"config": "configs/lvu.py", "topology": "v5e:4x4"}[name]
             raise UserError(f"--{name} is missing; give one, such as --{name} {example}")
-    topology = parse_topology(given.topology)
-    shape = _mesh_shape(given.mesh, given.config)
-    plans = [make_plan(given.config, step) for step in _steps(given.step)]
+    topology, experiment = parse_topology(given.topology), read(given.config)
+    shape = experiment.mesh if given.mesh is None else _mesh_shape(given.mesh)
+    plans = [make_plan(experiment, step) for step in _steps(given.step)]
     mesh = make_mesh(shape, topology_devices(topology))
     results = []
     for plan in plans:
@@ -89,25 +83,13 @@ def run() -> int:
     return 0 if all(result["fits"] for result in results) else 1
 
 
-def _help() -> str:
-    rows = {"config": (None, "A file of configs/, or a run's directory."), **FLAGS}
-    rows["config.FIELD"] = (None, "Any field of the experiment: --config.train.batch_size=16.")
-    lines = [
-        f"  --{name:<14}{told}" + (f" Default: {default}." if default else "")
-        for name, (default, told) in rows.items()
-    ]
-    return "\n".join([str(__doc__), "Flags:", *lines])
-
-
 def _steps(text: str) -> list[str]:
     """The steps of a list with commas, each once; ``all`` stands for every one."""
     named = [STEPS if name == "all" else (name,) for name in text.split(",")]
     return list(dict.fromkeys(step for steps in named for step in steps))
 
 
-def _mesh_shape(text: str | None, config) -> tuple[int, int]:
-    if text is None:
-        return tuple(config.mesh)
+def _mesh_shape(text: str) -> tuple[int, int]:
     if not re.fullmatch(r"(-1|\d+),\d+", text):
         raise UserError(f"--mesh {text}: give devices along data and model, such as 8,2 or -1,1")
     data, model = text.split(",")
@@ -115,4 +97,4 @@ def _mesh_shape(text: str | None, config) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    main(sys.argv)
+    run(sys.argv)

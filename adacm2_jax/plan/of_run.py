@@ -1,26 +1,23 @@
-"""The experiment of a run, as a configuration file: ``--config …/of_run.py:WORKDIR``."""
+"""The experiment of a run, as a configuration file: ``--config …/of_run.py:DIRECTORY``."""
 
 import pathlib
 from collections.abc import Sequence
-
-import ml_collections
+from typing import Any
 
 from adacm2_jax.errors import UserError
-from adacm2_jax.runs.checkpoint import is_base, read_config
+from adacm2_jax.runs.experiment import to_dict
+from adacm2_jax.runs.load import experiment_of
 
 
-def get_config(workdir: str) -> ml_collections.ConfigDict:
-    """What ``config.json`` holds.
+def get_config(directory: str) -> Any:
+    """The ``ConfigDict`` of a run, or of a converted checkpoint.
 
     Raises:
-      UserError: if there is none, or only a model's.
+      UserError: if the directory is neither.
     """
-    if is_base(workdir):
-        raise UserError(
-            f"--config {workdir}: a converted checkpoint has no experiment; give one, such as "
-            f"configs/lvu.py:{workdir}"
-        )
-    return ml_collections.ConfigDict(_with_tuples(read_config(workdir)))
+    from ml_collections import ConfigDict
+
+    return ConfigDict(to_dict(experiment_of(directory), plain=False))
 
 
 def named(argv: Sequence[str]) -> list[str]:
@@ -30,28 +27,18 @@ def named(argv: Sequence[str]) -> list[str]:
       UserError: for another file of JSON, or a directory that is no run's.
     """
     words = list(argv)
-    for place, word in enumerate(words):
+    for place, word in enumerate(argv):
         name, equals, value = word.partition("=")
-        if name not in ("--config", "-config"):
+        if name not in ("--config", "-config") or not (equals or place + 1 < len(words)):
             continue
-        if not equals:
-            if place + 1 == len(words):
-                break
-            place, name, value = place + 1, "", words[place + 1]
-        path = pathlib.Path(value)
+        path = pathlib.Path(value if equals else words[place + 1])
         if path.suffix == ".json" and path.name != "config.json":
             raise UserError(
-                f"--config {value}: give a run's directory, its config.json, or a file of configs/"
+                f"--config {path}: give a run's directory, its config.json, or a file of configs/"
             )
         if path.name == "config.json" or path.is_dir():
-            workdir = path.parent if path.name == "config.json" else path
-            get_config(str(workdir))  # says more clearly than ml_collections if there is none
-            words[place] = f"{name}{'=' if name else ''}{__file__}:{workdir}"
+            directory = path.parent if path.name == "config.json" else path
+            experiment_of(directory)  # says more clearly than ml_collections if there is none
+            mine = f"{__file__}:{directory}"
+            words[place if equals else place + 1] = f"{name}={mine}" if equals else mine
     return words
-
-
-def _with_tuples(value):
-    """Lists as tuples again, which JSON does not have and overrides need."""
-    if isinstance(value, dict):
-        return {name: _with_tuples(item) for name, item in value.items()}
-    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value

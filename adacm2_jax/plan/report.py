@@ -99,8 +99,7 @@ def compile_step(plan: Plan, topology: Topology, mesh: Mesh) -> Report:
     traced = trace(plan, mesh)
     flops, again = device_flops(plan, mesh, traced), 0.0
     if plan.step == "train" and plan.model.remat:
-        keeping = dataclasses.replace(plan, model=dataclasses.replace(plan.model, remat=False))
-        again = flops - device_flops(keeping, mesh)
+        again = flops - device_flops(plan.keeping, mesh)
     start = time.perf_counter()
     memory, compiled = _compile(traced, plan, topology, mesh)
     return Report(

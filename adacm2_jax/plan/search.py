@@ -28,7 +28,7 @@ def largest_batch(first: Report, topology: Topology, mesh: Mesh) -> dict:
       fit): one row a device (times ``train.accumulate``) apart, or ``GRAIN`` of the batch.
     """
     plan, limit = first.plan, topology.chip.hbm
-    unit = mesh.shape["data"] * (plan.how.accumulate if plan.step == "train" else 1)
+    unit = mesh.shape["data"] * (plan.options.accumulate if plan.step == "train" else 1)
 
     def total(times: int) -> int:
         sized = dataclasses.replace(plan, batch=times * unit)

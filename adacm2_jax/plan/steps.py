@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from adacm2_jax.config import AdaCM2Config, from_dict
+from adacm2_jax.config import AdaCM2Config
 from adacm2_jax.errors import UserError
 from adacm2_jax.inference.generate import GenerationConfig, generate
 from adacm2_jax.inference.steps import encode, read
@@ -24,11 +24,11 @@ from adacm2_jax.models.adacm2 import (
     AdaCM2,
     Question,
     StreamState,
-    check_memory,
     init_state,
     state_specs,
 )
 from adacm2_jax.models.params import abstract_params, split_params
+from adacm2_jax.runs.experiment import Experiment
 from adacm2_jax.sharding import replicated, rows_per_process
 from adacm2_jax.training.optim import make_optimizer
 from adacm2_jax.training.step import (
@@ -47,12 +47,13 @@ class Plan:
     """What the planner must know of an experiment.
 
     Attributes:
+      step: one of ``STEPS``.
       model: the model.
       groups: of the optimiser: what learns and what is frozen.
       optimizer: other arguments of ``make_optimizer``.
       batch: rows of a step, on all devices together.
       frames: T of a training clip, or F of a streamed chunk.
-      how: the training step is computed.
+      options: of the training step.
       generation: how answers are decoded.
     """
 
@@ -62,36 +63,34 @@ class Plan:
     optimizer: dict
     batch: int
     frames: int
-    how: StepConfig
+    options: StepConfig
     generation: GenerationConfig
 
+    @property
+    def keeping(self) -> "Plan":
+        """The same step without rematerialisation."""
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, remat=False))
 
-def make_plan(config: Any, step: str) -> Plan:
-    """The plan of a step of an experiment (an ``ml_collections.ConfigDict`` of configs/).
+
+def make_plan(experiment: Experiment, step: str) -> Plan:
+    """The plan of a step of an experiment.
 
     Raises:
-      UserError: for a field out of range.
+      UserError: if there is no such step.
     """
     if step not in STEPS:
         raise UserError(f"--step {step}: must be one of {', '.join(STEPS)}, all")
-    model = from_dict(config.model.to_dict())
-    check_memory(model)
-    train, evaluation = config.train, config.eval
-    options = dict(config.optim)
-    batch = train.batch_size if step == "train" else evaluation.batch_size
-    frames = train.num_frames if step == "train" else evaluation.chunk
-    for name, value in {"batch_size": batch, "frames": frames}.items():
-        if value < 1:
-            raise UserError(f"{step}: {name} = {value} must be at least 1")
+    train, evaluation = experiment.train, experiment.eval
+    optimizer = experiment.optim.rule
     return Plan(
         step=step,
-        model=model,
-        groups=tuple(tuple(group) for group in options.pop("groups")),
-        optimizer=options | {"steps": train.steps},
-        batch=batch,
-        frames=frames,
-        how=StepConfig(train.gradient, train.chunk, train.accumulate),
-        generation=GenerationConfig(**config.generation),
+        model=experiment.model,
+        groups=optimizer.pop("groups"),
+        optimizer=optimizer | {"steps": train.steps},
+        batch=train.batch_size if step == "train" else evaluation.batch_size,
+        frames=train.num_frames if step == "train" else evaluation.chunk,
+        options=train.step,
+        generation=experiment.generation,
     )
 
 
@@ -143,13 +142,13 @@ def device_bytes(tree: Any) -> int:
 
 
 def _train(plan: Plan, mesh: Mesh) -> tuple[Any, tuple]:
-    rows_per_process(plan.batch, mesh, plan.how.accumulate)
+    rows_per_process(plan.batch, mesh, plan.options.accumulate)
     abstract = plan_params(plan, mesh)
     learned, frozen = split_params(abstract, plan.groups)
-    check_step(plan.how, learned, plan.frames)
+    check_step(plan.options, learned, plan.frames)
     optimizer, _ = make_optimizer(learned, groups=plan.groups, **plan.optimizer)
     state = abstract_train_state(learned, frozen, optimizer, mesh)
-    step = make_train_step(plan.model, optimizer, 0, state, plan.how)
+    step = make_train_step(plan.model, optimizer, 0, state, plan.options)
     return step, (state, train_batch(plan, mesh))
 
 

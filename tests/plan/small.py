@@ -4,6 +4,7 @@ import ml_collections
 
 from adacm2_jax.config import MemoryConfig, tiny
 from adacm2_jax.plan.steps import Plan, make_plan
+from adacm2_jax.runs.experiment import read
 from configs.base import base_config
 
 POLICIES = {
@@ -25,4 +26,4 @@ def small_config(policy: str = "eq8", **fields) -> ml_collections.ConfigDict:
 
 
 def small_plan(step: str, policy: str = "eq8", **fields) -> Plan:
-    return make_plan(small_config(policy, **fields), step)
+    return make_plan(read(small_config(policy, **fields)), step)

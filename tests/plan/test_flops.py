@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from adacm2_jax.models.adacm2 import plan_for
+from adacm2_jax.memory.policies import plan_for
 from adacm2_jax.plan.flops import product_flops
 from adacm2_jax.plan.report import device_flops
 from adacm2_jax.plan.topology import parse_topology, topology_devices

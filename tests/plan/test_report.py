@@ -2,11 +2,11 @@
 
 import pytest
 
-from adacm2_jax.config import to_dict
 from adacm2_jax.errors import UserError
 from adacm2_jax.plan.report import compile_step, render
 from adacm2_jax.plan.steps import device_bytes, make_plan, program
 from adacm2_jax.plan.topology import parse_topology, topology_devices
+from adacm2_jax.runs import experiment
 from adacm2_jax.sharding import make_mesh
 from benchmarks._compiled import beside
 from benchmarks._hlo import frame_loops, read
@@ -26,7 +26,7 @@ def training(mesh):
     """The smallest training step, compiled for four TPUs."""
     config = small.get_config()
     config.train.num_frames, config.train.chunk = 8, 2
-    return compile_step(make_plan(config, "train"), V5E, mesh)
+    return compile_step(make_plan(experiment.read(config), "train"), V5E, mesh)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_a_batch_that_does_not_divide_is_refused(mesh):
 
 def test_the_model_of_a_plan_is_that_of_its_configuration():
     config = small_config("merge")
-    assert to_dict(make_plan(config, "train").model) == config.model.to_dict()
+    assert small_plan("train", "merge").model == experiment.read(config).model
 
 
 def test_a_step_that_there_is_not_is_refused():
