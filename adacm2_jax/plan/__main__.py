@@ -25,7 +25,7 @@ from adacm2_jax.runs.experiment import read
 from adacm2_jax.sharding import make_mesh
 
 
-def run(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """Runs the command and exits with its status.
 
     Args:
@@ -34,7 +34,7 @@ def run(argv: Sequence[str]) -> None:
     # The process needs no device: those that it compiles for are not here.
     jax.config.update("jax_platforms", "cpu")
     define_flags()
-    app.run(main, argv, str(__doc__), of_run.named)
+    app.run(run, argv, str(__doc__), of_run.named)
 
 
 def define_flags() -> None:
@@ -54,7 +54,7 @@ def define_flags() -> None:
     )
 
 
-def main() -> int:
+def run() -> int:
     """Does what the flags ask for; returns the exit status."""
     from absl import flags
 
@@ -97,4 +97,4 @@ def _mesh_shape(text: str) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    run(sys.argv)
+    main(sys.argv)
