@@ -1,5 +1,6 @@
 """The errors that are meant for the person at the keyboard."""
 
+import re
 from collections.abc import Iterator
 
 
@@ -53,3 +54,9 @@ def check_text(text: str, name: str) -> str:
             "UTF-8, or set LC_ALL=C.UTF-8"
         ) from None
     return text
+
+
+def reason(error: BaseException, limit: int = 120) -> str:
+    """What an error of a library says, for one line of ours: its first line, without colours."""
+    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(error)).strip()
+    return text.split("\n")[0][:limit] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Files and directories on the way: written beside, renamed when they are complete."""
+"""Files and directories: what cannot be read is named, what is written gets its name at the end."""
 
 from __future__ import annotations
 
@@ -7,19 +7,80 @@ import os
 import pathlib
 import shutil
 import socket
-from typing import Any
+import tempfile
+from typing import Any, TypeVar
 
+from adacm2_jax.errors import UserError
+
+Path = TypeVar("Path", bound=pathlib.PurePath)
 _MARK = ".partial-"
+_POINTER = b"version https://git-lfs"
 
 
-def beside_path(path: pathlib.Path) -> pathlib.Path:
+def check_pointer(file: pathlib.Path) -> None:
+    """Refuses the few lines that stand for a file as long as git-lfs has not fetched it.
+
+    Raises:
+      UserError: naming the file.
+    """
+    with open(file, "rb") as opened:
+        if opened.read(len(_POINTER)) == _POINTER:
+            raise UserError(
+                f"{file} is a pointer of git-lfs, not the file itself; run `git lfs pull` in "
+                f"{file.parent}, or download it"
+            )
+
+
+def read_json(file: pathlib.Path) -> dict:
+    """The table in a JSON file that came with a checkpoint.
+
+    Raises:
+      UserError: if it is missing, damaged, a pointer of git-lfs, or holds no table.
+    """
+    try:
+        check_pointer(file)
+        content = file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{file} is missing; copy it from where the checkpoint is") from None
+    try:
+        values = json.loads(content)
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}); copy it again") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file} is damaged: it holds no table; copy it again")
+    return values
+
+
+def check_writable(directory: str | os.PathLike, what: str) -> None:
+    """Makes sure, before long work, that a directory can be made or written to; makes nothing.
+
+    Args:
+      directory: a local one, which need not be there, nor those above it.
+      what: begins the message: a flag and its value.
+
+    Raises:
+      UserError: if it or one above it is a file, or may not be written to.
+    """
+    place = pathlib.Path(directory).absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        with tempfile.TemporaryDirectory(prefix=".", dir=place):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{what}: nothing can be written to {place} ({error.strerror}); name another directory"
+        ) from None
+
+
+def beside_path(path: Path) -> Path:
     """Where this process writes what is to be ``path``; hidden, in the same directory."""
     return path.with_name(f".{path.name}{_MARK}{socket.gethostname()}-{os.getpid()}")
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
+def write_text(path: str | pathlib.Path, text: str) -> None:
     """Writes a file beside, then renames it: there is never half a file."""
-    path = pathlib.Path(path)
+    path = pathlib.Path(path) if isinstance(path, str) else path  # an epath stays one
     beside = beside_path(path)
     try:
         beside.write_text(text, encoding="utf-8")
@@ -29,7 +90,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         raise
 
 
-def write_json(path: str | os.PathLike, value: Any) -> None:
+def write_json(path: str | pathlib.Path, value: Any) -> None:
     """Writes a JSON file beside, then renames it."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 

@@ -8,22 +8,27 @@ is refused; LAVIS would cut off its beginning.
 
 import collections
 import functools
-import json
-import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from adacm2_jax.config import AdaCM2Config
 from adacm2_jax.errors import UserError
-from adacm2_jax.models.adacm2 import Question
+from adacm2_jax.files import beside_path
+from adacm2_jax.inference.tokenizers import (
+    RULES,
+    Tokenizer,
+    read_llm_tokenizer,
+    read_qformer_tokenizer,
+)
+
+if TYPE_CHECKING:
+    from adacm2_jax.models.adacm2 import Question
 
 QFORMER_DIR, LLM_DIR = "qformer_tokenizer", "llm_tokenizer"
-#: A sentencepiece model, in a directory of the language model's tokenizer.
-PIECES = "tokenizer.model"
 
 
 class Processor:
@@ -34,7 +39,9 @@ class Processor:
       pad_id: the language model's padding token.
     """
 
-    def __init__(self, qformer_tokenizer, llm_tokenizer, config: AdaCM2Config):
+    def __init__(
+        self, qformer_tokenizer: Tokenizer, llm_tokenizer: Tokenizer, config: AdaCM2Config
+    ):
         for name, tokenizer, rows in (
             ("Q-Former", qformer_tokenizer, config.qformer.vocab_size),
             ("language-model", llm_tokenizer, config.llm.vocab_size),
@@ -44,15 +51,18 @@ class Processor:
                     f"the {name} tokenizer has {len(tokenizer)} tokens, but the model has {rows} "
                     "embedding rows; use the tokenizer that belongs to the checkpoint"
                 )
+        special = []
         for token in ("bos_token", "eos_token", "pad_token"):
-            if getattr(llm_tokenizer, token) is None:
+            number = llm_tokenizer.token_id(token)
+            if number is None:
                 raise UserError(
                     f"the language-model tokenizer names no {token}; write it with train.py, or "
                     "with python -m adacm2_jax.port"
                 )
+            special.append(number)
         self._qformer, self._llm = qformer_tokenizer, llm_tokenizer
         self._max_text, self._max_answer = config.max_text_len, config.max_answer_len
-        self.eos_id, self.pad_id = llm_tokenizer.eos_token_id, llm_tokenizer.pad_token_id
+        self._bos_id, self.eos_id, self.pad_id = special
         self._encode = functools.lru_cache(maxsize=4096)(self._encode_question)
 
     @classmethod
@@ -65,8 +75,6 @@ class Processor:
         Raises:
           UserError: if there is none, it is damaged, or larger than the model.
         """
-        from adacm2_jax.inference.tokenizers import read_llm_tokenizer, read_qformer_tokenizer
-
         root = pathlib.Path(directory)
         return cls(
             _load(root / QFORMER_DIR, read_qformer_tokenizer, config.qformer.vocab_size),
@@ -76,25 +84,25 @@ class Processor:
 
     def save(self, directory: str | pathlib.Path) -> None:
         """Writes both tokenizers in Hugging Face's layout, in place of those that are there."""
+        root = pathlib.Path(directory)
         for name, write in ((QFORMER_DIR, self.save_qformer), (LLM_DIR, self.save_llm)):
-            target = pathlib.Path(directory) / name
-            beside = target.with_name(f".{name}.{os.getpid()}")
+            beside = beside_path(root / name)
             write(beside)
-            shutil.rmtree(target, ignore_errors=True)
-            beside.rename(target)
+            shutil.rmtree(root / name, ignore_errors=True)
+            beside.rename(root / name)
 
-    def save_qformer(self, directory: str | pathlib.Path) -> None:
+    def save_qformer(self, directory: pathlib.Path) -> None:
         """Writes the Q-Former's tokenizer into a directory, beside what else it holds."""
-        _save(self._qformer, pathlib.Path(directory))
+        self._qformer.save(directory)
 
-    def save_llm(self, directory: str | pathlib.Path) -> None:
+    def save_llm(self, directory: pathlib.Path) -> None:
         """Writes the language model's tokenizer into a directory, beside what else it holds.
 
         With its ``tokenizer.model``, if it came from one: LAVIS reads nothing else.
         """
-        _save(self._llm, pathlib.Path(directory))
+        self._llm.save(directory)
 
-    def questions(self, questions: Sequence[str]) -> Question:
+    def questions(self, questions: Sequence[str]) -> "Question":
         """Prompts to generate from: the language model's side is padded on the left.
 
         Returns:
@@ -103,6 +111,8 @@ class Processor:
         Raises:
           UserError: for a question that is longer than the limit.
         """
+        from adacm2_jax.models.adacm2 import Question
+
         encoded = [self._encode(question) for question in questions]
         qformer, llm = zip(*encoded, strict=True)
         qformer_ids, qformer_mask = _pad(qformer, self._max_text, 0)
@@ -111,13 +121,15 @@ class Processor:
 
     def training(
         self, questions: Sequence[str], answers: Sequence[str]
-    ) -> tuple[Question, np.ndarray]:
+    ) -> tuple["Question", np.ndarray]:
         """Teacher-forcing rows: prompt, answer and ``</s>``, padded on the right.
 
         Returns:
           A ``Question`` whose ``llm_*`` are [B, max_text_len + max_answer_len], and bool of the
           same shape: true on the answer's tokens.
         """
+        from adacm2_jax.models.adacm2 import Question
+
         encoded = [self._encode(question) for question in questions]
         qformer, prompts = zip(*encoded, strict=True)
         endings = [self._answer(answer) for answer in answers]
@@ -132,14 +144,14 @@ class Processor:
 
     def candidates(
         self, questions: Sequence[str], answers: Sequence[str]
-    ) -> tuple[Question, np.ndarray]:
+    ) -> tuple["Question", np.ndarray]:
         """:meth:`training` for answers that count whole.
 
         Raises:
           UserError: for an answer that is longer than the limit.
         """
         for answer in answers:
-            count = len(self._llm(answer, add_special_tokens=False)["input_ids"]) + 1
+            count = len(self._llm.encode(answer, special=False)) + 1
             if count > self._max_answer:
                 raise UserError(
                     f"the candidate {_short(answer)!r} has {count} tokens with its end; the limit "
@@ -152,13 +164,12 @@ class Processor:
         tokens = ids.tolist()
         if self.eos_id in tokens:
             tokens = tokens[: tokens.index(self.eos_id)]
-        return self._llm.decode(tokens, skip_special_tokens=True).strip()
+        return self._llm.decode(tokens).strip()
 
     def _encode_question(self, question: str) -> tuple[list[int], list[int]]:
-        qformer = self._qformer(question)["input_ids"]
+        qformer = self._qformer.encode(question)
         # LAVIS opens every prompt with the tokenizer's bos, which it has set to </s>.
-        llm = self._llm(question, add_special_tokens=False)["input_ids"]
-        llm = [self._llm.bos_token_id, *llm]
+        llm = [self._bos_id, *self._llm.encode(question, special=False)]
         longest = max(len(qformer), len(llm))
         if longest > self._max_text:
             raise UserError(
@@ -168,46 +179,21 @@ class Processor:
         return qformer, llm
 
     def _answer(self, answer: str) -> list[int]:
-        ids = self._llm(answer, add_special_tokens=False)["input_ids"]
+        ids = self._llm.encode(answer, special=False)
         # LAVIS cuts on the right too, but with the end token; ours always ends.
         return [*ids[: self._max_answer - 1], self.eos_id]
 
 
-def _load(path: pathlib.Path, read: Callable[[pathlib.Path, int], Any], rows: int) -> Any:
+def _load(
+    path: pathlib.Path, read: Callable[[pathlib.Path, int], Tokenizer], rows: int
+) -> Tokenizer:
     """The tokenizer in a directory; ``read`` takes those that have no ``tokenizer.json``."""
-    from transformers import PreTrainedTokenizerFast
-
     if not path.is_dir():
         raise UserError(
             f"no tokenizer at {path}; point to a directory that holds {QFORMER_DIR}/ and "
             f"{LLM_DIR}/, as train.py writes them"
         )
-    if not (path / "tokenizer.json").is_file():
-        return read(path, rows)
-    try:
-        # The file is complete. Any other class would lay rules of its own over it, which differ
-        # from one version of transformers to the next.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises nothing more precise
-        reason = str(error).strip().split("\n")[0][:120]
-        raise UserError(
-            f"the tokenizer in {path} is damaged ({reason}); restore it from a copy"
-        ) from error
-    if (path / PIECES).is_file():
-        tokenizer.vocab_file = str(path / PIECES)
-    return tokenizer
-
-
-def _save(tokenizer: Any, directory: pathlib.Path) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(directory)
-    settings = directory / "tokenizer_config.json"
-    # Each version of transformers names a class that others do not have; all of them know this one.
-    values = json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    settings.write_text(json.dumps(values, indent=2) + "\n")
-    pieces = pathlib.Path(getattr(tokenizer, "vocab_file", None) or "")
-    if pieces.name == PIECES and pieces.is_file() and not (directory / PIECES).exists():
-        shutil.copyfile(pieces, directory / PIECES)
+    return Tokenizer.load(path) if (path / RULES).is_file() else read(path, rows)
 
 
 def train_tokenizers(
@@ -219,58 +205,48 @@ def train_tokenizers(
     special tokens; neither is larger than the model's embedding tables. The same texts give the
     same tokenizers, in every process.
     """
-    from tokenizers import (
-        Tokenizer,
-        decoders,
-        models,
-        normalizers,
-        pre_tokenizers,
-        processors,
-        trainers,
-    )
-    from transformers import PreTrainedTokenizerFast
+    import tokenizers as tk
 
     texts = sorted(set(texts))
-    normalizer = normalizers.BertNormalizer(lowercase=True)
-    splitter = pre_tokenizers.BertPreTokenizer()
+    normalizer = tk.normalizers.BertNormalizer(lowercase=True)
+    splitter = tk.pre_tokenizers.BertPreTokenizer()
     words = collections.Counter(
         word
         for text in texts
         for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))
     )
     vocabulary = _word_pieces(words, config.qformer.vocab_size)
-    bert = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    bert = tk.Tokenizer(tk.models.WordPiece(vocabulary, unk_token="[UNK]"))
     bert.normalizer, bert.pre_tokenizer = normalizer, splitter
-    bert.post_processor = processors.TemplateProcessing(
+    bert.post_processor = tk.processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    llama = Tokenizer(models.BPE(unk_token="</s>"))
-    llama.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    llama.decoder = decoders.ByteLevel()
+    llama = tk.Tokenizer(tk.models.BPE(unk_token="</s>"))
+    llama.pre_tokenizer = tk.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    llama.decoder = tk.decoders.ByteLevel()
     llama.train_from_iterator(
         texts,
-        trainers.BpeTrainer(
+        tk.trainers.BpeTrainer(
             vocab_size=config.llm.vocab_size,
             special_tokens=["<pad>", "<s>", "</s>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            initial_alphabet=tk.pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         ),
     )
     processor = Processor(
-        PreTrainedTokenizerFast(
-            tokenizer_object=bert,
-            pad_token="[PAD]",
-            unk_token="[UNK]",
-            cls_token="[CLS]",
-            sep_token="[SEP]",
-            bos_token="[DEC]",
+        Tokenizer(
+            bert,
+            dict(
+                pad_token="[PAD]",
+                unk_token="[UNK]",
+                cls_token="[CLS]",
+                sep_token="[SEP]",
+                bos_token="[DEC]",
+            ),
         ),
-        PreTrainedTokenizerFast(
-            tokenizer_object=llama,
-            pad_token="<pad>",
-            bos_token="</s>",
-            eos_token="</s>",
-            unk_token="</s>",
+        Tokenizer(
+            llama,
+            dict(pad_token="<pad>", bos_token="</s>", eos_token="</s>", unk_token="</s>"),
         ),
         config,
     )

@@ -11,6 +11,7 @@ LAVIS runs the slow ``LlamaTokenizer`` of transformers 4.28 to 4.31. Later versi
 behaviour ``legacy=True`` (their own default became ``legacy=False``): each stretch of text between
 special tokens gets a space in front. Here it is written out as rules of the tokenizers library, so
 that every version of transformers gives the same ids, and is stored as ``tokenizer.json``.
+Transformers itself is not imported: that alone takes 1.4 s.
 
 An embedding table has 32,000, 32,001 or 32,064 rows. In a table of 32,000, Vicuna's own, there is
 no row for ``[PAD]``: padding is then ``<unk>``, id 0, which has one. Any row will do, since padding
@@ -21,10 +22,14 @@ visual tokens. Ours go in directly, so ``<image>`` in a question is mere text, a
 
 import json
 import pathlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from adacm2_jax.errors import UserError
+from adacm2_jax.errors import UserError, check_text, reason
+from adacm2_jax.files import check_pointer, read_json
 
+#: Files of a tokenizer: the rules, the special tokens, a sentencepiece model.
+RULES, SETTINGS, PIECES = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 LLAMA_TOKENS = ("<unk>", "<s>", "</s>")
 #: Tables are filled up to a multiple of this.
@@ -35,12 +40,98 @@ VICUNAS = {(4096, 32): "Vicuna-7B", (5120, 40): "Vicuna-13B"}
 _PROBES = ("", "  What  is\tit?\n", "Überraschung: 100,000 naïve 日本語 🙂!")
 
 
+class Tokenizer:
+    """A ``tokenizers.Tokenizer`` and its special tokens, in Hugging Face's layout on disk.
+
+    Ids and texts are those of ``transformers.PreTrainedTokenizerFast``, which no published class of
+    its own rules overlays: those differ from one version of transformers to the next.
+
+    Args:
+      backend: a ``tokenizers.Tokenizer``; special tokens that it lacks are added to it.
+      settings: what ``tokenizer_config.json`` holds: ``bos_token``, ``eos_token`` and so on.
+      pieces: the sentencepiece model that it comes from: LAVIS reads nothing else.
+    """
+
+    def __init__(self, backend: Any, settings: dict, pieces: pathlib.Path | None = None):
+        self.backend, self.settings = backend, settings
+        self._pieces = pieces.read_bytes() if pieces else None
+        backend.no_padding()
+        backend.no_truncation()
+        backend.encode_special_tokens = False
+        roles = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # in transformers' order
+        _add_tokens(backend, [settings.get(f"{role}_token") for role in roles], {"special": True})
+        for name in ("additional_special_tokens", "extra_special_tokens"):
+            others = settings.get(name) or []
+            _add_tokens(backend, others.values() if isinstance(others, dict) else others)
+
+    @classmethod
+    def load(cls, directory: pathlib.Path) -> "Tokenizer":
+        """Reads what :meth:`save`, or transformers, wrote.
+
+        Raises:
+          UserError: if it is damaged.
+        """
+        import tokenizers as tk
+
+        settings = read_json(directory / SETTINGS) if (directory / SETTINGS).is_file() else {}
+        old = directory / "special_tokens_map.json"  # what counts in files of old versions
+        if old.is_file() and "added_tokens_decoder" not in settings:
+            settings |= read_json(old)
+        check_pointer(directory / RULES)
+        try:
+            backend = tk.Tokenizer.from_file(str(directory / RULES))
+            others = settings.get("added_tokens_decoder", {})
+            _add_tokens(backend, [others[number] for number in sorted(others, key=int)])
+        except Exception as error:  # the tokenizers library raises nothing more precise
+            raise UserError(
+                f"the tokenizer in {directory} is damaged ({reason(error)}); restore it from a copy"
+            ) from error
+        pieces = directory / PIECES
+        return cls(backend, settings, pieces if pieces.is_file() else None)
+
+    def save(self, directory: pathlib.Path) -> None:
+        """Writes it into a directory (also an ``epath.Path``), beside what else that holds."""
+        directory.mkdir(parents=True, exist_ok=True)
+        # Each version of transformers names a class that others do not have; all know this one. It
+        # is to take no space out of an answer either.
+        settings = {"clean_up_tokenization_spaces": False, **self.settings}
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        (directory / RULES).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        (directory / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+        if self._pieces and not (directory / PIECES).exists():
+            (directory / PIECES).write_bytes(self._pieces)
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids, with the special tokens that its rules put around a text unless told not to.
+
+        Raises:
+          UserError: for half of a surrogate pair, which no text holds.
+        """
+        return self.backend.encode(check_text(text, "the text"), add_special_tokens=special).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text, without special tokens."""
+        return self.backend.decode(ids)
+
+    def token(self, name: str) -> str | None:
+        """The token in a role, such as ``pad_token``."""
+        return _content(self.settings.get(name))
+
+    def token_id(self, name: str) -> int | None:
+        """Its number."""
+        token = self.token(name)
+        return None if token is None else self.backend.token_to_id(token)
+
+    def __len__(self) -> int:
+        return self.backend.get_vocab_size()
+
+
 def read_tokenizers(
     llm_dir: str | pathlib.Path,
     bert_dir: str | pathlib.Path | None,
     llm_rows: int,
     bert_rows: int,
-) -> tuple[Any, Any]:
+) -> tuple[Tokenizer, Tokenizer]:
     """Both tokenizers of a checkpoint, with LAVIS's special tokens.
 
     Args:
@@ -50,7 +141,7 @@ def read_tokenizers(
       bert_rows: of the Q-Former's.
 
     Returns:
-      The Q-Former's and the language model's, each a ``transformers.PreTrainedTokenizerFast``.
+      The Q-Former's and the language model's.
 
     Raises:
       UserError: for a file that is missing, damaged, or does not fit the table.
@@ -63,10 +154,9 @@ def read_tokenizers(
     return read_qformer_tokenizer(bert_dir, bert_rows), read_llm_tokenizer(llm_dir, llm_rows)
 
 
-def read_qformer_tokenizer(path: str | pathlib.Path, rows: int) -> Any:
+def read_qformer_tokenizer(path: str | pathlib.Path, rows: int) -> Tokenizer:
     """BERT's tokenizer with ``[DEC]``; arguments and errors as for :func:`read_tokenizers`."""
     import tokenizers as tk
-    from transformers import PreTrainedTokenizerFast
 
     words, file = _words(pathlib.Path(path))
     if missing := [token for token in BERT_TOKENS if token not in words]:
@@ -88,8 +178,7 @@ def read_qformer_tokenizer(path: str | pathlib.Path, rows: int) -> Any:
         special_tokens=[(token, words[token]) for token in ("[CLS]", "[SEP]")],
     )
     backend.add_special_tokens([*BERT_TOKENS, "[DEC]"])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+    settings = dict(
         bos_token="[DEC]",
         pad_token="[PAD]",
         unk_token="[UNK]",
@@ -97,21 +186,20 @@ def read_qformer_tokenizer(path: str | pathlib.Path, rows: int) -> Any:
         sep_token="[SEP]",
         mask_token="[MASK]",
         truncation_side="left",
-        clean_up_tokenization_spaces=False,
     )
+    return Tokenizer(backend, settings)
 
 
-def read_llm_tokenizer(directory: str | pathlib.Path, rows: int) -> Any:
+def read_llm_tokenizer(directory: str | pathlib.Path, rows: int) -> Tokenizer:
     """Vicuna's tokenizer as LAVIS changes it; arguments and errors as for :func:`read_tokenizers`.
 
     Of ``tokenizer.model`` and ``tokenizer.json`` the first is taken, which is what LAVIS reads; the
-    result's ``vocab_file`` then names it, so that :meth:`Processor.save` can keep a copy.
+    result keeps it.
     """
     import tokenizers as tk
-    from transformers import PreTrainedTokenizerFast
 
     directory = pathlib.Path(directory)
-    model_file, json_file = directory / "tokenizer.model", directory / "tokenizer.json"
+    model_file, json_file = directory / PIECES, directory / RULES
     if model_file.is_file():
         file, reference = model_file, _sentencepiece(model_file)
         pieces, merges = _pieces(reference)
@@ -156,19 +244,15 @@ def read_llm_tokenizer(directory: str | pathlib.Path, rows: int) -> Any:
                 )
     pad = "[PAD]" if rows > len(pieces) else "<unk>"
     backend.add_special_tokens([*LLAMA_TOKENS, pad])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+    settings = dict(
         bos_token="</s>",
         eos_token="</s>",
         unk_token="</s>",
         pad_token=pad,
         truncation_side="left",
         padding_side="left",
-        clean_up_tokenization_spaces=False,
     )
-    if reference is not None:
-        tokenizer.vocab_file = str(model_file)
-    return tokenizer
+    return Tokenizer(backend, settings, model_file if reference else None)
 
 
 def check_vicuna(llm_dir: str | pathlib.Path, allow: str = "") -> str:
@@ -188,7 +272,7 @@ def check_vicuna(llm_dir: str | pathlib.Path, allow: str = "") -> str:
       UserError: for a version that is not to be used, or a file that cannot be read.
     """
     directory = pathlib.Path(llm_dir)
-    config = _read_json(directory / "config.json")
+    config = read_json(directory / "config.json")
     config = config.get("text_config") or config
     # Hugging Face leaves out what is LLaMA-1's default.
     size = (config.get("hidden_size", 4096), config.get("num_hidden_layers", 32))
@@ -197,8 +281,8 @@ def check_vicuna(llm_dir: str | pathlib.Path, allow: str = "") -> str:
     positions, eps = config.get("max_position_embeddings", 2048), config.get("rms_norm_eps", 1e-6)
     found = f"max_position_embeddings {positions}, rms_norm_eps {eps}"
     version = {(2048, 1e-6): "v1.1", (4096, 1e-5): "v1.5"}.get((positions, eps), "unknown")
-    settings = directory / "tokenizer_config.json"
-    length = _read_json(settings).get("model_max_length") if settings.is_file() else None
+    settings = directory / SETTINGS
+    length = read_json(settings).get("model_max_length") if settings.is_file() else None
     # Where the length is not set, transformers writes a number of thirty digits.
     if version == "v1.1" and isinstance(length, int) and 2048 < length < 10**9:
         version = "unknown"
@@ -215,15 +299,41 @@ def check_vicuna(llm_dir: str | pathlib.Path, allow: str = "") -> str:
     return version
 
 
+def _content(token: Any) -> str | None:
+    """A special token in a settings file: a string, or a table with flags of its own."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def _add_tokens(backend: Any, tokens: Iterable[Any], flags: Mapping[str, bool] = {}) -> None:
+    """Adds the tokens of a settings file that a tokenizer lacks.
+
+    Args:
+      backend: a ``tokenizers.Tokenizer``.
+      tokens: strings, which are special tokens, or tables with flags of their own.
+      flags: that count before those.
+    """
+    from tokenizers import AddedToken
+
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for token in tokens:
+        content = _content(token)
+        if content and content not in known:
+            own = token if isinstance(token, dict) else {"content": content, "special": True}
+            own = {name: value for name, value in own.items() if name != "__type"}
+            backend.add_tokens([AddedToken(**{**own, **flags})])
+
+
 def _words(path: pathlib.Path) -> tuple[dict[str, int], pathlib.Path]:
     """BERT's vocabulary, and the file that it was found in."""
-    candidates = [path] if path.is_file() else [path / "vocab.txt", path / "tokenizer.json"]
+    candidates = [path] if path.is_file() else [path / "vocab.txt", path / RULES]
     file = next((file for file in candidates if file.is_file()), None)
     if file is None:
         raise UserError(
             f"{path}: no vocab.txt or tokenizer.json of the Q-Former here; copy the vocab.txt of "
             "bert-base-uncased there, or pass it as --bert"
         )
+    check_pointer(file)
     if file.suffix == ".json":
         words = _model_of(file, "WordPiece")["vocab"]
         if not isinstance(words, dict):
@@ -244,11 +354,13 @@ def _sentencepiece(file: pathlib.Path) -> Any:
         raise UserError(
             f"{file} is read by sentencepiece; pip install 'adacm2-jax[port]'"
         ) from None
+    check_pointer(file)
     try:
         return sentencepiece.SentencePieceProcessor(model_file=str(file))
     except (OSError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0][:120]
-        raise UserError(f"{file} is no sentencepiece model ({reason}); copy it again") from None
+        raise UserError(
+            f"{file} is no sentencepiece model ({reason(error)}); copy it again"
+        ) from None
 
 
 def _pieces(model: Any) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -282,7 +394,7 @@ def _byte_pairs(file: pathlib.Path) -> tuple[dict[str, int], list[tuple[str, str
 
 def _model_of(file: pathlib.Path, kind: str) -> dict:
     """The model in a ``tokenizer.json``, which must be of this kind."""
-    model = _read_json(file).get("model")
+    model = read_json(file).get("model")
     if not isinstance(model, dict) or "vocab" not in model:
         raise UserError(f"{file} is damaged: it holds no vocabulary; copy it again")
     # Files of old versions do not name the kind.
@@ -290,15 +402,3 @@ def _model_of(file: pathlib.Path, kind: str) -> dict:
     if found != kind:
         raise UserError(f"{file} holds a {found} tokenizer, not {kind}; give the checkpoint's own")
     return model
-
-
-def _read_json(file: pathlib.Path) -> dict:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing; copy it from where the checkpoint is") from None
-    except ValueError as error:
-        raise UserError(f"{file} is damaged ({error}); copy it again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file} is damaged: it holds no table; copy it again")
-    return values

@@ -69,7 +69,7 @@ def test_a_long_answer_is_cut_and_still_ends(processor):
 
 @pytest.mark.parametrize("text", [*TEXTS, "日本語 ✓ 🙂", 'a "quoted" {brace}', "unseen words"])
 def test_answers_come_back_as_they_were(processor, text):
-    ids = processor._llm(text, add_special_tokens=False)["input_ids"]
+    ids = processor._llm.encode(text, special=False)
     assert processor.decode(np.array([*ids, processor.eos_id, 5, 6])) == text
     assert processor.decode(np.array(ids)) == text
 
@@ -113,15 +113,12 @@ def test_every_process_learns_the_same_tokenizers(processor, tmp_path):
 
 
 def test_known_words_are_whole_and_unknown_ones_spelt(processor):
-    tokens = processor._qformer.convert_ids_to_tokens
-    assert tokens(processor._qformer("Which DIGIT")["input_ids"]) == [
-        "[CLS]",
-        "which",
-        "digit",
-        "[SEP]",
-    ]
-    spelt = tokens(processor._qformer("zebra")["input_ids"])
-    assert spelt == ["[CLS]", "z", "##e", "##b", "##r", "##a", "[SEP]"]
+    def tokens(text: str) -> list[str]:
+        tokenizer = processor._qformer
+        return [tokenizer.backend.id_to_token(number) for number in tokenizer.encode(text)]
+
+    assert tokens("Which DIGIT") == ["[CLS]", "which", "digit", "[SEP]"]
+    assert tokens("zebra") == ["[CLS]", "z", "##e", "##b", "##r", "##a", "[SEP]"]
 
 
 def test_a_vocabulary_never_exceeds_the_model_s(tmp_path):
@@ -143,3 +140,24 @@ def test_a_tokenizer_larger_than_the_model_is_refused(processor, tmp_path):
 def test_a_directory_without_tokenizers_is_named(tmp_path):
     with pytest.raises(UserError, match=r"no tokenizer at .*qformer_tokenizer"):
         Processor.load(tmp_path, CONFIG)
+
+
+def test_reading_a_run_s_tokenizers_imports_neither_transformers_nor_jax(processor, tmp_path):
+    processor.save(tmp_path)
+    program = (
+        "import sys; from adacm2_jax.config import AdaCM2Config\n"
+        "from adacm2_jax.inference.processor import Processor\n"
+        "found = Processor.load(sys.argv[1], AdaCM2Config())._encode('which digit?')\n"
+        "assert not {'transformers', 'jax', 'torch'} & set(sys.modules)\n"
+        "print(found[1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stderr == "" and done.stdout == f"{processor._encode('which digit?')[1]}\n"
+
+
+@pytest.mark.parametrize("text", ["what \ud83d", "o\udcf9"])
+def test_half_a_surrogate_pair_is_named(processor, text):
+    with pytest.raises(UserError, match=r"is no text at character \d"):
+        processor.questions([text])

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import sentencepiece
 import transformers
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from adacm2_jax.config import AdaCM2Config, LlamaConfig
 from adacm2_jax.errors import UserError
 from adacm2_jax.inference.processor import LLM_DIR, QFORMER_DIR, Processor
 from adacm2_jax.inference.tokenizers import (
+    Tokenizer,
     check_vicuna,
     read_llm_tokenizer,
     read_qformer_tokenizer,
@@ -52,14 +53,7 @@ BERT_GOLDEN = {
         *(101, 2139, 3900, 1011, 24728, 1010, 15743, 30522, 1864, 1876, 102)
     ],
 }
-V11 = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-06,
-}
-V15 = V11 | {"max_position_embeddings": 4096, "rms_norm_eps": 1e-05}
+TEXTS = st.text() | st.text("ab .,?é日🙂▁\n\t", max_size=40)
 
 
 def write(path: pathlib.Path, values: dict) -> None:
@@ -72,7 +66,7 @@ def vicuna(tmp_path_factory) -> pathlib.Path:
     """As published: slow files alone, and special tokens that are not LAVIS's."""
     directory = tmp_path_factory.mktemp("vicuna")
     shutil.copyfile(PIECES, directory / "tokenizer.model")
-    write(directory / "config.json", V11)
+    write(directory / "config.json", {"model_type": "llama"})
     settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "legacy": False}
     write(directory / "tokenizer_config.json", settings | {"model_max_length": 2048})
     return directory
@@ -88,8 +82,8 @@ def instructblip(tokenizers, tmp_path_factory) -> pathlib.Path:
     """Fast files alone: ``<image>``, ``<s>`` in front, newer rules, merges written as of old."""
     directory = tmp_path_factory.mktemp("instructblip")
     qformer, llm = tokenizers
-    qformer.save_pretrained(directory / "qformer_tokenizer")
-    llm.save_pretrained(directory)
+    qformer.save(directory / "qformer_tokenizer")
+    llm.save(directory)
     file = directory / "tokenizer.json"
     stored = json.loads(file.read_text())
     stored["added_tokens"].append(stored["added_tokens"][-1] | {"id": 32001, "content": "<image>"})
@@ -112,13 +106,14 @@ def config(rows: int = 32001, **fields) -> AdaCM2Config:
 
 @pytest.mark.parametrize("text", LLM_GOLDEN)
 def test_the_llm_s_ids_are_those_of_lavis(tokenizers, text):
-    assert tokenizers[1](text)["input_ids"] == LLM_GOLDEN[text]
+    assert tokenizers[1].encode(text) == LLM_GOLDEN[text]
 
 
-@given(st.text() | st.text("ab .,?é日🙂▁\n\t", max_size=40))
+@given(TEXTS)
 def test_every_text_has_sentencepiece_s_ids(tokenizers, text):
     """What the slow tokenizer calls for a text without special tokens."""
-    ids = tokenizers[1](text, add_special_tokens=False)["input_ids"]
+    assume(not any(token in text for token in ("<unk>", "<s>", "</s>", "[PAD]")))
+    ids = tokenizers[1].encode(text, special=False)
     assert ids == REFERENCE.encode(text)
 
 
@@ -127,22 +122,27 @@ def test_the_llm_s_ids_are_those_of_transformers(tokenizers, vicuna):
     theirs = transformers.LlamaTokenizer.from_pretrained(vicuna, legacy=True, local_files_only=True)
     for text in SENTENCES:
         ids = theirs(text, add_special_tokens=False)["input_ids"]
-        assert tokenizers[1](text)["input_ids"] == [2, *ids]
+        assert tokenizers[1].encode(text) == [2, *ids]
 
 
 def test_bos_eos_and_unk_are_the_end_token(tokenizers):
     _, llm = tokenizers
-    assert llm.bos_token_id == llm.eos_token_id == llm.unk_token_id == 2
-    assert (llm.bos_token, llm.pad_token, llm.pad_token_id) == ("</s>", "[PAD]", 32000)
-    assert len(llm) == 32001 and llm.truncation_side == "left"
+    assert [llm.token_id(f"{name}_token") for name in ("bos", "eos", "unk", "pad")] == [
+        2,
+        2,
+        2,
+        32000,
+    ]
+    assert (llm.token("bos_token"), llm.token("pad_token")) == ("</s>", "[PAD]")
+    assert len(llm) == 32001 and llm.settings["truncation_side"] == "left"
 
 
 @pytest.mark.parametrize(("rows", "pad", "size"), [(32000, 0, 32000), (32001, 32000, 32001)])
 def test_padding_has_a_row_in_every_table(vicuna, rows, pad, size):
     llm = read_llm_tokenizer(vicuna, rows)
-    assert llm.pad_token_id == pad and len(llm) == size
-    assert (llm.bos_token_id, llm.eos_token_id, llm.unk_token_id) == (2, 2, 2)
-    assert llm(SENTENCES[0])["input_ids"] == LLM_GOLDEN[SENTENCES[0]]
+    assert llm.token_id("pad_token") == pad and len(llm) == size
+    assert [llm.token_id(f"{name}_token") for name in ("bos", "eos", "unk")] == [2, 2, 2]
+    assert llm.encode(SENTENCES[0]) == LLM_GOLDEN[SENTENCES[0]]
 
 
 @pytest.mark.parametrize("rows", [32000, 32001, 32064])
@@ -150,11 +150,11 @@ def test_padding_has_a_row_in_every_table(vicuna, rows, pad, size):
 def test_every_source_and_table_give_the_same_ids(source, rows, request):
     directory = request.getfixturevalue(source)
     llm = read_llm_tokenizer(directory, rows)
-    assert llm.pad_token_id == (0 if rows == 32000 else 32000) < rows
+    assert llm.token_id("pad_token") == (0 if rows == 32000 else 32000) < rows
     assert len(llm) <= 32001  # <image> is not a token of ours
     for text, ids in LLM_GOLDEN.items():
         if "[PAD]" not in text:
-            assert llm(text)["input_ids"] == ids
+            assert llm.encode(text) == ids
     processor = Processor(read_qformer_tokenizer(WORDS, 30523), llm, config(rows))
     question = processor.questions(["<image> [PAD]"])
     assert 0 <= question.llm_ids.min() and question.llm_ids.max() < rows
@@ -174,29 +174,29 @@ def test_answers_come_back_as_they_were(tokenizers, text):
 
 @pytest.mark.parametrize("text", BERT_GOLDEN)
 def test_the_qformer_s_ids_are_bert_s(tokenizers, text):
-    assert tokenizers[0](text)["input_ids"] == BERT_GOLDEN[text]
+    assert tokenizers[0].encode(text) == BERT_GOLDEN[text]
 
 
 def test_the_qformer_s_ids_are_those_of_transformers(tokenizers):
     theirs = transformers.BertTokenizer.from_pretrained(WORDS.parent, local_files_only=True)
     for text in [*SENTENCES, "a [MASK] b", "x" * 101, "\x00control\u200b"]:
-        assert tokenizers[0](text)["input_ids"] == theirs(text)["input_ids"]
+        assert tokenizers[0].encode(text) == theirs(text)["input_ids"]
 
 
 def test_dec_is_the_word_after_the_last(tokenizers):
     qformer, _ = tokenizers
-    assert len(qformer) == 30523 and qformer.truncation_side == "left"
-    assert (qformer.bos_token, qformer.bos_token_id) == ("[DEC]", 30522)
-    assert (qformer.pad_token_id, qformer.cls_token_id, qformer.sep_token_id) == (0, 101, 102)
-    assert 30522 not in qformer(SENTENCES[0])["input_ids"]  # never put in by itself
+    assert len(qformer) == 30523 and qformer.settings["truncation_side"] == "left"
+    ids = [qformer.token_id(f"{name}_token") for name in ("bos", "pad", "cls", "sep")]
+    assert qformer.token("bos_token") == "[DEC]" and ids == [30522, 0, 101, 102]
+    assert 30522 not in qformer.encode(SENTENCES[0])  # never put in by itself
 
 
 def test_bert_is_read_from_a_file_a_directory_and_fast_files(tokenizers, instructblip):
     for source in (WORDS, WORDS.parent, instructblip / "qformer_tokenizer"):
         found = read_qformer_tokenizer(source, 30523)
-        assert found.get_vocab() == tokenizers[0].get_vocab()
+        assert found.backend.get_vocab() == tokenizers[0].backend.get_vocab()
         for text, ids in BERT_GOLDEN.items():
-            assert found(text)["input_ids"] == ids
+            assert found.encode(text) == ids
 
 
 # --- prompts --------------------------------------------------------------------------------------
@@ -259,6 +259,80 @@ def test_saved_tokenizers_are_hugging_face_s(tokenizers, tmp_path, name):
         assert theirs(text)["input_ids"] == ids
 
 
+@pytest.mark.parametrize("name", [QFORMER_DIR, LLM_DIR])
+def test_a_run_s_tokenizers_are_transformers_s_for_every_text(tokenizers, tmp_path, name):
+    """Ids of any text and the text of any ids, those that no text has included."""
+    Processor(*tokenizers, config()).save(tmp_path)
+    ours = Tokenizer.load(tmp_path / name)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / name)
+    assert len(ours) == len(theirs)
+    for role in ("bos", "eos", "pad", "unk", "cls", "sep"):
+        assert ours.token_id(f"{role}_token") == getattr(theirs, f"{role}_token_id")
+
+    @given(TEXTS, st.lists(st.integers(0, len(theirs) - 1), max_size=20))
+    def same(text, ids):
+        assert ours.encode(text) == theirs(text)["input_ids"]
+        plain = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.encode(text, special=False) == plain
+        for written in (plain, ids):
+            assert ours.decode(written) == theirs.decode(written, skip_special_tokens=True)
+
+    same()
+
+
+#: Changes to a stored tokenizer, as other programs and versions write it.
+VARIANTS = {
+    "of transformers 4": (
+        {"add_bos_token": True, "model_max_length": 1e30},
+        {"bos_token": {"content": "<s>", "lstrip": True}, "pad_token": "</s>"},
+    ),
+    "with tokens of its own": (
+        {
+            "pad_token": "<pad>",
+            "cls_token": "<go>",
+            "additional_special_tokens": [
+                "<video>",
+                {
+                    "__type": "AddedToken",
+                    "content": "<image>",
+                    "special": True,
+                    "normalized": False,
+                },
+            ],
+        },
+        None,
+    ),
+    "with a table of added tokens": (
+        {"added_tokens_decoder": {"32001": {"content": "<video>", "special": True}}},
+        {"pad_token": "<unk>"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", VARIANTS)
+def test_tokenizers_of_other_programs_are_read_as_transformers_reads_them(
+    tokenizers, tmp_path, case
+):
+    tokenizers[1].save(tmp_path)
+    settings, old = VARIANTS[case]
+    stored = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    write(tmp_path / "tokenizer_config.json", stored | settings)
+    if old:
+        write(tmp_path / "special_tokens_map.json", old)
+    ours = Tokenizer.load(tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert len(ours) == len(theirs)
+    for role in ("bos", "eos", "pad", "unk"):
+        assert ours.token_id(f"{role}_token") == getattr(theirs, f"{role}_token_id")
+    for text in [*SENTENCES, "<video> a<image>b <s>c<pad> d<go> ", "a</s> b[PAD]"]:
+        ids = ours.encode(text)
+        assert ids == theirs(text)["input_ids"]
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    # Written and read again, it is the same.
+    ours.save(tmp_path / "again")
+    assert Tokenizer.load(tmp_path / "again").encode("<video> a") == ours.encode("<video> a")
+
+
 def test_slow_files_are_read_as_lavis_reads_them(tokenizers, vicuna, tmp_path):
     shutil.copytree(vicuna, tmp_path / LLM_DIR)
     (tmp_path / QFORMER_DIR).mkdir()
@@ -276,7 +350,7 @@ def test_tokenizers_of_either_side_go_into_any_directory(tokenizers, tmp_path):
     processor.save_qformer(tmp_path / "qformer_tokenizer")
     assert (tmp_path / "config.json").read_text() == "{}"
     again = read_tokenizers(tmp_path, tmp_path / "qformer_tokenizer", 32001, 30523)
-    assert again[1](SENTENCES[1])["input_ids"] == tokenizers[1](SENTENCES[1])["input_ids"]
+    assert again[1].encode(SENTENCES[1]) == tokenizers[1].encode(SENTENCES[1])
 
 
 # --- what cannot be used --------------------------------------------------------------------------
@@ -325,6 +399,23 @@ def test_unusable_files_are_named_with_a_remedy(vicuna, instructblip, tmp_path):
         assert message in str(error.value) and "\n" not in str(error.value)
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1842767\n"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "vocab.txt", "config.json"])
+def test_a_pointer_of_git_lfs_is_recognised(vicuna, tokenizers, tmp_path, name):
+    shutil.copytree(vicuna, tmp_path / LLM_DIR)
+    (tmp_path / QFORMER_DIR).mkdir()
+    shutil.copyfile(WORDS, tmp_path / QFORMER_DIR / "vocab.txt")
+    directory = tmp_path / (QFORMER_DIR if name == "vocab.txt" else LLM_DIR)
+    (directory / name).write_text(POINTER)
+    with pytest.raises(UserError) as error:
+        check_vicuna(tmp_path / LLM_DIR)
+        Processor.load(tmp_path, config())
+    assert f"{directory / name} is a pointer of git-lfs" in str(error.value)
+    assert f"run `git lfs pull` in {directory}" in str(error.value)
+
+
 def test_a_sentencepiece_model_of_other_rules_is_refused(tmp_path):
     """A unigram model: the right file name, the wrong algorithm."""
     corpus = tmp_path / "corpus.txt"
@@ -357,71 +448,3 @@ def test_a_tokenizer_without_special_tokens_is_refused(tokenizers, tmp_path):
     (tmp_path / LLM_DIR / "special_tokens_map.json").unlink(missing_ok=True)  # of transformers 4
     with pytest.raises(UserError, match="the language-model tokenizer names no pad_token"):
         Processor.load(tmp_path, config())
-
-
-# --- which Vicuna ---------------------------------------------------------------------------------
-
-
-def model_dir(directory: pathlib.Path, values: dict, length: int | None = None) -> pathlib.Path:
-    write(directory / "config.json", values)
-    if length is not None:
-        write(directory / "tokenizer_config.json", {"model_max_length": length})
-    return directory
-
-
-@pytest.mark.parametrize("length", [None, 2048, 1000000000000000019884624838656])
-def test_vicuna_v1_1_passes(tmp_path, length):
-    assert check_vicuna(model_dir(tmp_path, V11, length)) == "v1.1"
-
-
-def test_an_instructblip_names_its_language_model_inside(tmp_path):
-    """Hugging Face writes only what differs from LLaMA-1's defaults."""
-    inside = {"model_type": "instructblip", "text_config": {"model_type": "llama"}}
-    assert check_vicuna(model_dir(tmp_path / "1", inside)) == "v1.1"
-    inside["text_config"] = V15
-    with pytest.raises(UserError, match=r"is Vicuna-7B v1\.5"):
-        check_vicuna(model_dir(tmp_path / "2", inside))
-
-
-def test_vicuna_v1_5_is_refused_unless_allowed(tmp_path):
-    directory = model_dir(tmp_path, V15, 4096)
-    with pytest.raises(UserError) as error:
-        check_vicuna(directory)
-    text = str(error.value)
-    assert text.startswith(f"{directory} is Vicuna-7B v1.5 (max_position_embeddings 4096, ")
-    assert "trained with v1.1" in text and "nonsense" in text and "--allow-llm v1.5" in text
-    assert "\n" not in text
-    assert check_vicuna(directory, "v1.5") == "v1.5"
-    with pytest.raises(UserError, match=r"--allow-llm v1\.5"):
-        check_vicuna(directory, "unknown")
-
-
-@pytest.mark.parametrize(
-    ("values", "length"),
-    [
-        (V11, 4096),
-        (V11 | {"rms_norm_eps": 1e-5}, None),
-        (V11 | {"max_position_embeddings": 32768}, None),
-    ],
-)
-def test_what_is_neither_is_refused_at_vicuna_s_size(tmp_path, values, length):
-    directory = model_dir(tmp_path, values, length)
-    with pytest.raises(UserError, match=r"neither Vicuna v1\.1 nor v1\.5 .*--allow-llm unknown"):
-        check_vicuna(directory)
-    assert check_vicuna(directory, "unknown") == "unknown"
-
-
-def test_models_of_other_sizes_pass(tmp_path):
-    tiny = V15 | {"hidden_size": 64, "num_hidden_layers": 2}
-    assert check_vicuna(model_dir(tmp_path / "tiny", tiny)) == ""
-    large = V15 | {"hidden_size": 5120, "num_hidden_layers": 40}
-    with pytest.raises(UserError, match=r"Vicuna-13B v1\.5"):
-        check_vicuna(model_dir(tmp_path / "large", large))
-
-
-def test_a_missing_configuration_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"config\.json is missing; copy it"):
-        check_vicuna(tmp_path)
-    (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(UserError, match=r"config\.json is damaged"):
-        check_vicuna(tmp_path)
