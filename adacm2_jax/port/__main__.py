@@ -1,4 +1,4 @@
-"""Converts checkpoints.
+"""PyTorch checkpoints to adacm2-jax and back; docs/porting.md has the recipes.
 
     python -m adacm2_jax.port import --src instructblip-vicuna-7b --dst weights [--verify]
     python -m adacm2_jax.port import --src eva_vit_g.pth instruct_blip_vicuna7b_trimmed.pth
@@ -6,12 +6,14 @@
     python -m adacm2_jax.port import --src instructblip-vicuna-7b checkpoint_best.pth --dst weights
     python -m adacm2_jax.port export --src weights --dst instructblip --format hf|lavis
 
-Several paths after --src are laid over each other, the last on top. See docs/porting.md.
+Several paths after --src are laid over each other, the last on top.
 """
 
 import argparse
 import contextlib
 import logging
+import os
+import pathlib
 import signal
 import sys
 import traceback
@@ -20,11 +22,21 @@ from adacm2_jax.errors import UserError
 from adacm2_jax.port.destination import stop
 
 
-def main(argv: list[str]) -> int:
-    args = parse(argv)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax speaks of its own affairs
-    signal.signal(signal.SIGTERM, stop)
+def main(argv: list[str], program: str = "python -m adacm2_jax.port") -> int:
+    """The whole command; returns its exit status.
+
+    Args:
+      argv: what stands behind ``program``.
+      program: how it was called, for ``--help``.
+
+    Raises:
+      SystemExit: after ``--help``, for a flag that there is not, and after SIGTERM.
+    """
+    args = parse(argv, program)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports what no user needs
+    before = signal.signal(signal.SIGTERM, stop)
     try:
+        use_cpu()
         return run(args)
     except UserError as error:
         if args.debug:
@@ -34,12 +46,24 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def use_cpu() -> None:
+    """Leaves accelerators alone unless the environment names one: the comparison is in float32, as
+    torch's is, and a TPU that is not there would report that in front of it."""
+    if not os.environ.get("JAX_PLATFORMS"):
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
+
+
+def parse(argv: list[str], program: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m adacm2_jax.port",
-        description="PyTorch checkpoints to adacm2-jax and back; docs/porting.md has the recipes.",
+        prog=program,
+        description=(__doc__ or "").replace("python -m adacm2_jax.port", program),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     both = argparse.ArgumentParser(add_help=False)
@@ -58,8 +82,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     into.add_argument(
         "--dtype",
         default="",
-        choices=["", "float32", "bfloat16", "float16"],
-        help="of the result; default: each parameter's own",
+        choices=["float32", "bfloat16", "float16"],
+        help="of the result; by default each parameter's own",
     )
     out = commands.add_parser("export", parents=[both], help="ours to PyTorch")
     out.add_argument("--src", required=True, help="a converted checkpoint or a run of train.py")
@@ -97,8 +121,6 @@ def run(args: argparse.Namespace) -> int:
 
 def exported_parts(directory: str, form: str) -> list[str]:
     """What ``import --src`` would be given to read an export back."""
-    import pathlib
-
     root = pathlib.Path(directory)
     if form == "hf":
         return [str(root)]
@@ -107,13 +129,15 @@ def exported_parts(directory: str, form: str) -> list[str]:
 
 def verify(theirs: list[str], ours: str) -> int:
     """Prints both tables; 1 if anything differs."""
-    from adacm2_jax.port.formats import open_checkpoint
+    from adacm2_jax.port.formats import TorchParams, open_checkpoint
     from adacm2_jax.port.store import open_ours
-    from adacm2_jax.port.verify import compare_outputs, compare_values, table
+    from adacm2_jax.port.verify import compare_outputs, compare_values, given_table, table
 
     with contextlib.closing(open_checkpoint(theirs)) as source:
         _, params = open_ours(ours)
-        rows = compare_values(source, params)
+        stored = TorchParams(source)
+        print(given_table(source, stored))
+        rows = compare_values(stored, params)
         print(table("values, bit by bit", rows))
         try:
             import torch
@@ -121,7 +145,7 @@ def verify(theirs: list[str], ours: str) -> int:
             print("outputs were not compared: torch is not installed")
         else:
             with torch.inference_mode():
-                outputs = compare_outputs(source, params)
+                outputs = compare_outputs(source.config, stored, params)
             print(table("outputs, relative to the largest", outputs))
             rows += outputs
     bad = [row.what for row in rows if not row.good]

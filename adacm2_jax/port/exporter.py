@@ -16,8 +16,8 @@ from adacm2_jax.files import write_json
 from adacm2_jax.inference.processor import Processor
 from adacm2_jax.models.adacm2 import PIXEL_MEAN, PIXEL_STD
 from adacm2_jax.port import names
-from adacm2_jax.port.destination import check_destination, check_room, written_beside
-from adacm2_jax.port.formats import to_hugging_face_config
+from adacm2_jax.port.destination import check_room, open_destination, written_beside
+from adacm2_jax.port.formats import TorchParams, to_hugging_face_config
 from adacm2_jax.port.rules import Piece, Table, pieces_of
 from adacm2_jax.port.source import to_torch
 from adacm2_jax.port.store import OurParams, open_ours
@@ -52,8 +52,7 @@ def export_checkpoint(
     Raises:
       UserError: if anything does not fit; then nothing is written.
     """
-    target = epath.Path(destination)
-    check_destination(target, force)
+    target = open_destination(destination, force, [source])
     config, ours = open_ours(source)
     if form == "hf" and "temporal_embed" in ours.shapes and not drop_temporal:
         raise UserError(
@@ -66,7 +65,7 @@ def export_checkpoint(
     table = names.hf_table(config) if form == "hf" else names.lavis_table(config)
     skipped = {"temporal_embed"} if form == "hf" else set()
     with (
-        written_beside(target, force) as partial,
+        written_beside(target) as partial,
         tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=None) as bar,
     ):
         tensors = TheirTensors(table, ours, skipped)
@@ -88,7 +87,7 @@ class TheirTensors:
       nbytes: tensor name → bytes.
     """
 
-    def __init__(self, table: Table, ours: OurParams, skipped: Collection[str] = ()):
+    def __init__(self, table: Table, ours: OurParams | TorchParams, skipped: Collection[str] = ()):
         self._ours = ours
         # Tensor → what it is made of: (path, layer, piece).
         self._parts: dict[str, list[tuple[str, int | None, Piece]]] = {}
@@ -120,14 +119,10 @@ class TheirTensors:
 
     def read(self, name: str) -> np.ndarray:
         """One tensor; shares that ours does not have are zero."""
-        parts = self._parts[name]
-        if parts[0][2].part == (0, 1):
-            path, layer, piece = parts[0]
-            values = piece.layout.to_theirs(self._ours.read(path, layer))
-            return np.ascontiguousarray(values)
         whole = np.zeros(self.shapes[name], self.dtype(name))
-        for path, layer, piece in parts:
-            whole[piece.rows] = piece.layout.to_theirs(self._ours.read(path, layer))
+        for path, layer, piece in self._parts[name]:
+            values = piece.layout.to_theirs(self._ours.read(path, layer))
+            whole[piece.rows] = values
         return whole
 
 

@@ -9,10 +9,13 @@ A checkpoint is a list of paths, each recognised by what it holds; a later one l
 """
 
 import dataclasses
-import json
+import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from adacm2_jax.config import (
     AdaCM2Config,
@@ -21,14 +24,36 @@ from adacm2_jax.config import (
     VisionConfig,
     instructblip_vicuna_7b,
 )
-from adacm2_jax.errors import UserError
+from adacm2_jax.errors import UserError, reason
+from adacm2_jax.files import read_json
+from adacm2_jax.models.params import param_shapes
 from adacm2_jax.port import names
-from adacm2_jax.port.rules import Part
+from adacm2_jax.port.rules import Part, Shape, match
 from adacm2_jax.port.source import Source, checkpoint_files
 
 #: Epsilon of ln_vision: PyTorch's default in LAVIS and MA-LMM, the ViT's own in Hugging Face.
 LAVIS_LN_VISION_EPS = 1e-5
 HUGGING_FACE, VICUNA, EVA, LAVIS = "hugging face", "vicuna", "eva vit", "lavis"
+_NO_ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+#: Our field → Hugging Face's, of each network.
+_COMMON = dict(
+    width="hidden_size",
+    depth="num_hidden_layers",
+    num_heads="num_attention_heads",
+    mlp_width="intermediate_size",
+)
+_VISION = _COMMON | {n: n for n in ("image_size", "patch_size", "layer_norm_eps")}
+_TEXT = _COMMON | dict(vocab_size="vocab_size", max_positions="max_position_embeddings")
+_QFORMER = _TEXT | dict(
+    cross_attention_every="cross_attention_frequency",
+    layer_norm_eps="layer_norm_eps",
+    dropout="hidden_dropout_prob",
+)
+_LLM = _TEXT | dict(
+    num_kv_heads="num_key_value_heads",
+    rms_norm_eps="rms_norm_eps",
+    tie_embeddings="tie_word_embeddings",
+)
 
 
 @dataclasses.dataclass
@@ -54,6 +79,57 @@ class TorchCheckpoint:
     def close(self) -> None:
         for source in self.sources:
             source.close()
+
+
+class TorchParams:
+    """The parameters of a recognised checkpoint as ours, read layer by layer.
+
+    Args:
+      source: the checkpoint.
+
+    Attributes:
+      shapes: path → shape.
+      dtypes: path → dtype; float32 where layers differ.
+      layers: path → how many pieces along axis 0 it is read in; None for one piece, the whole.
+      origins: path → number of the part that it is from, and a ``Piece`` a layer.
+
+    Raises:
+      UserError: with a readable difference, if names or shapes do not fit.
+    """
+
+    def __init__(self, source: TorchCheckpoint):
+        shapes = param_shapes(source.config)
+        self._sources = source.sources
+        self.origins = dict(sorted(match(shapes, source.parts).items()))
+        self.shapes = {path: shapes[path] for path in self.origins}
+        self.dtypes: dict[str, np.dtype] = {}
+        self.layers: dict[str, int | None] = {}
+        for path, (number, pieces) in self.origins.items():
+            kinds = {numpy_dtype(source.sources[number].dtypes[piece.name]) for piece in pieces}
+            self.dtypes[path] = kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
+            single = len(pieces) == 1 and pieces[0].shape == shapes[path]
+            self.layers[path] = None if single else len(pieces)
+
+    def read(self, path: str, layer: int | None = None) -> np.ndarray:
+        """A parameter that is read in one piece, or one layer of another."""
+        number, pieces = self.origins[path]
+        piece = pieces[layer or 0]
+        values = self._sources[number].read(piece.name, piece.rows)
+        return piece.layout.to_ours(values, piece.shape).astype(self.dtypes[path], copy=False)
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """The dtype of this name.
+
+    Raises:
+      UserError: for one that no parameter has.
+    """
+    import ml_dtypes
+
+    known = {"float64", "float32", "float16", "bfloat16"}
+    if name not in known:
+        raise UserError(f"dtype {name} is not one of {', '.join(sorted(known))}")
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 
 def open_checkpoint(given: Sequence[str | pathlib.Path]) -> TorchCheckpoint:
@@ -101,7 +177,7 @@ def open_checkpoint(given: Sequence[str | pathlib.Path]) -> TorchCheckpoint:
     parts = [
         Part(str(path), tables.get(kinds[path], lavis), sources[path].shapes) for path in paths
     ]
-    settings = json.loads((llm_dir / "config.json").read_text())
+    settings = read_json(llm_dir / "config.json")
     image_token = settings.get("image_token_index", settings.get("video_token_index"))
     files = [sources[path] for path in paths]
     return TorchCheckpoint(config, files, parts, llm_dir, bert_dir, image_token)
@@ -113,10 +189,7 @@ def hugging_face_config(directory: pathlib.Path) -> AdaCM2Config:
     Raises:
       UserError: for a language model, an activation or a feature that ours does not have.
     """
-    import transformers
-
-    c = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-    where = directory / "config.json"
+    c, where = _auto_config(directory), directory / "config.json"
     v, q = c.vision_config, c.qformer_config
     text, answer = _lengths(q.max_position_embeddings, c.num_query_tokens, c.text_config)
     _must(where, "vision_config.hidden_act", v.hidden_act, "gelu")
@@ -124,27 +197,8 @@ def hugging_face_config(directory: pathlib.Path) -> AdaCM2Config:
     _must(where, "qformer_config.hidden_act", q.hidden_act, "gelu")
     _must(where, "qformer_config.encoder_hidden_size", q.encoder_hidden_size, v.hidden_size)
     return AdaCM2Config(
-        vision=VisionConfig(
-            image_size=v.image_size,
-            patch_size=v.patch_size,
-            width=v.hidden_size,
-            depth=v.num_hidden_layers,
-            num_heads=v.num_attention_heads,
-            mlp_width=v.intermediate_size,
-            layer_norm_eps=v.layer_norm_eps,
-        ),
-        qformer=QFormerConfig(
-            vocab_size=q.vocab_size,
-            width=q.hidden_size,
-            depth=q.num_hidden_layers,
-            num_heads=q.num_attention_heads,
-            mlp_width=q.intermediate_size,
-            cross_attention_every=q.cross_attention_frequency,
-            num_queries=c.num_query_tokens,
-            max_positions=q.max_position_embeddings,
-            layer_norm_eps=q.layer_norm_eps,
-            dropout=q.hidden_dropout_prob,
-        ),
+        vision=VisionConfig(**_ours(v, _VISION)),
+        qformer=QFormerConfig(num_queries=c.num_query_tokens, **_ours(q, _QFORMER)),
         llm=llama_config(c.text_config, where),
         ln_vision_eps=v.layer_norm_eps,
         max_text_len=text,
@@ -166,66 +220,28 @@ def llama_config(c, where: pathlib.Path) -> LlamaConfig:
     _must(where, "head_dim", head_dim, c.hidden_size // c.num_attention_heads)
     rope: dict = getattr(c, "rope_parameters", None) or getattr(c, "rope_scaling", None) or {}
     _must(where, "rope_type", rope.get("rope_type", "default"), "default")
-    return LlamaConfig(
-        vocab_size=c.vocab_size,
-        width=c.hidden_size,
-        depth=c.num_hidden_layers,
-        num_heads=c.num_attention_heads,
-        num_kv_heads=c.num_key_value_heads,
-        mlp_width=c.intermediate_size,
-        rms_norm_eps=c.rms_norm_eps,
-        rope_theta=float(rope.get("rope_theta", getattr(c, "rope_theta", 10000.0))),
-        max_positions=c.max_position_embeddings,
-        tie_embeddings=bool(c.tie_word_embeddings),
-    )
+    theta = rope.get("rope_theta", getattr(c, "rope_theta", 10000.0))
+    return LlamaConfig(rope_theta=float(theta), **_ours(c, _LLM))
 
 
 def to_hugging_face_config(config: AdaCM2Config, dtype: str, image_token: int | None):
     """``transformers.InstructBlipConfig`` of a model: :func:`hugging_face_config`, backwards."""
-    import transformers
-
+    transformers = import_transformers()
     v, q, t = config.vision, config.qformer, config.llm
-    text = dict(
+    text = _theirs(t, _LLM) | dict(
         model_type="llama",
-        vocab_size=t.vocab_size,
-        hidden_size=t.width,
-        num_hidden_layers=t.depth,
-        num_attention_heads=t.num_heads,
-        num_key_value_heads=t.num_kv_heads,
-        intermediate_size=t.mlp_width,
-        rms_norm_eps=t.rms_norm_eps,
-        rope_theta=t.rope_theta,
-        max_position_embeddings=t.max_positions,
-        tie_word_embeddings=t.tie_embeddings,
         bos_token_id=2,
         eos_token_id=2,
         pad_token_id=min(32000, t.vocab_size - 1),
     )
     if int(transformers.__version__.split(".")[0]) >= 5:
-        text["rope_parameters"] = dict(rope_type="default", rope_theta=text.pop("rope_theta"))
+        text["rope_parameters"] = dict(rope_type="default", rope_theta=t.rope_theta)
+    else:
+        text["rope_theta"] = t.rope_theta
     return transformers.InstructBlipConfig(
-        vision_config=dict(
-            image_size=v.image_size,
-            patch_size=v.patch_size,
-            hidden_size=v.width,
-            num_hidden_layers=v.depth,
-            num_attention_heads=v.num_heads,
-            intermediate_size=v.mlp_width,
-            layer_norm_eps=v.layer_norm_eps,
-        ),
-        qformer_config=dict(
-            vocab_size=q.vocab_size,
-            hidden_size=q.width,
-            num_hidden_layers=q.depth,
-            num_attention_heads=q.num_heads,
-            intermediate_size=q.mlp_width,
-            cross_attention_frequency=q.cross_attention_every,
-            max_position_embeddings=q.max_positions,
-            layer_norm_eps=q.layer_norm_eps,
-            hidden_dropout_prob=q.dropout,
-            attention_probs_dropout_prob=q.dropout,
-            encoder_hidden_size=v.width,
-        ),
+        vision_config=_theirs(v, _VISION),
+        qformer_config=_theirs(q, _QFORMER)
+        | dict(attention_probs_dropout_prob=q.dropout, encoder_hidden_size=v.width),
         text_config=text,
         num_query_tokens=q.num_queries,
         image_token_index=image_token,
@@ -234,17 +250,45 @@ def to_hugging_face_config(config: AdaCM2Config, dtype: str, image_token: int | 
     )
 
 
+def import_transformers():
+    """The library, without its advice to install torch, which only pickles and --verify need."""
+    given = os.environ.get(_NO_ADVICE, "")
+    os.environ[_NO_ADVICE] = "1"
+    try:
+        import transformers
+    finally:
+        os.environ[_NO_ADVICE] = given
+    return transformers
+
+
+def _auto_config(directory: pathlib.Path) -> Any:
+    transformers = import_transformers()
+    try:
+        return transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # whatever a wrong value makes its classes raise
+        raise UserError(
+            f"{directory / 'config.json'} is no configuration that transformers "
+            f"{transformers.__version__} reads ({type(error).__name__}: {reason(error)}); copy it "
+            "again from where the checkpoint is"
+        ) from error
+
+
+def _ours(theirs: Any, fields: Mapping[str, str]) -> dict[str, Any]:
+    return {name: getattr(theirs, other) for name, other in fields.items()}
+
+
+def _theirs(ours: Any, fields: Mapping[str, str]) -> dict[str, Any]:
+    return {other: getattr(ours, name) for name, other in fields.items()}
+
+
 def _kind(path: pathlib.Path) -> str:
     if path.is_file():
         return LAVIS
     if not path.exists():
         raise UserError(f"--src {path}: no such file or directory")
-    try:
-        model_type = json.loads((path / "config.json").read_text())["model_type"]
-    except FileNotFoundError:
-        raise UserError(f"--src {path}: a directory needs the config.json of its model") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path / 'config.json'} is damaged ({error!r})") from None
+    if not (path / "config.json").is_file():
+        raise UserError(f"--src {path}: a directory needs the config.json of its model")
+    model_type = read_json(path / "config.json").get("model_type")
     if model_type in ("instructblip", "instructblipvideo"):
         return HUGGING_FACE
     if model_type == "llama":
@@ -263,56 +307,50 @@ def _source(path: pathlib.Path, kind: str) -> Source:
 
 def _lavis_config(vicuna: pathlib.Path, sources) -> AdaCM2Config:
     """The sizes of LAVIS's parts, read off their shapes; heads are those of ViT-g and BERT-base."""
-    import transformers
+    shapes: dict[str, Shape] = {name: s for source in sources for name, s in source.shapes.items()}
 
-    shapes = {name: shape for source in sources for name, shape in source.shapes.items()}
-    needed = {
-        "visual_encoder.pos_embed": "the ViT (eva_vit_g.pth)",
-        "query_tokens": "the Q-Former (instruct_blip_vicuna7b_trimmed.pth)",
-    }
-    for name, what in needed.items():
-        if name not in shapes:
+    def size(name: str, axis: int = 0) -> int:
+        if name not in shapes or len(shapes[name]) <= axis:
+            what = "the Q-Former (instruct_blip_vicuna7b_trimmed.pth)"
+            what = "the ViT (eva_vit_g.pth)" if name.startswith("visual_encoder.") else what
+            what = f"the weights of {vicuna}" if name.startswith("llm_model.") else what
             raise UserError(f"--src lacks {what}: no part holds {name}")
+        return shapes[name][axis]
 
     def count(pattern: str) -> int:
         found = (re.match(pattern, name) for name in shapes)
         return 1 + max((int(match[1]) for match in found if match), default=-1)
 
     base = instructblip_vicuna_7b()
-    width = shapes["visual_encoder.pos_embed"][2]
-    patch = shapes["visual_encoder.patch_embed.proj.weight"][2]
+    patch = size("visual_encoder.patch_embed.proj.weight", 2)
     depth = count(r"visual_encoder\.blocks\.(\d+)\.")
-    where = vicuna / "config.json"
-    llm = transformers.AutoConfig.from_pretrained(vicuna, local_files_only=True)
     layer = r"Qformer\.bert\.encoder\.layer\."
-    words = shapes["Qformer.bert.embeddings.word_embeddings.weight"]
-    positions = shapes["Qformer.bert.embeddings.position_embeddings.weight"][0]
-    readers = count(rf"{layer}(\d+)\.crossattention\.")
     qformer_depth = count(rf"{layer}(\d+)\.attention\.")
-    queries = shapes["query_tokens"][1]
-    text, answer = _lengths(positions, queries, llm)
+    positions = size("Qformer.bert.embeddings.position_embeddings.weight")
+    queries = size("query_tokens", 1)
+    settings = _auto_config(vicuna)
+    text, answer = _lengths(positions, queries, settings)
+    llm = llama_config(settings, vicuna / "config.json")
     return AdaCM2Config(
         vision=VisionConfig(
-            image_size=round((shapes["visual_encoder.pos_embed"][1] - 1) ** 0.5) * patch,
+            image_size=round((size("visual_encoder.pos_embed", 1) - 1) ** 0.5) * patch,
             patch_size=patch,
-            width=width,
+            width=size("visual_encoder.pos_embed", 2),
             depth=39 if depth == 40 else depth,
             num_heads=base.vision.num_heads,
-            mlp_width=shapes["visual_encoder.blocks.0.mlp.fc1.weight"][0],
+            mlp_width=size("visual_encoder.blocks.0.mlp.fc1.weight"),
         ),
         qformer=QFormerConfig(
-            vocab_size=words[0],
-            width=words[1],
+            vocab_size=size("Qformer.bert.embeddings.word_embeddings.weight"),
+            width=size("Qformer.bert.embeddings.word_embeddings.weight", 1),
             depth=qformer_depth,
             num_heads=base.qformer.num_heads,
-            mlp_width=shapes["Qformer.bert.encoder.layer.0.intermediate.dense.weight"][0],
-            cross_attention_every=qformer_depth - readers + 1,
+            mlp_width=size("Qformer.bert.encoder.layer.0.intermediate.dense.weight"),
+            cross_attention_every=qformer_depth - count(rf"{layer}(\d+)\.crossattention\.") + 1,
             num_queries=queries,
             max_positions=positions,
         ),
-        llm=dataclasses.replace(
-            llama_config(llm, where), vocab_size=shapes["llm_model.model.embed_tokens.weight"][0]
-        ),
+        llm=dataclasses.replace(llm, vocab_size=size("llm_model.model.embed_tokens.weight")),
         ln_vision_eps=LAVIS_LN_VISION_EPS,
         max_text_len=text,
         max_answer_len=answer,

@@ -13,23 +13,19 @@ It is written under another name and renamed when it is complete.
 import contextlib
 import os
 import pathlib
-import tempfile
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from etils import epath
 from tqdm import tqdm
 
 from adacm2_jax.config import to_dict
 from adacm2_jax.errors import UserError
 from adacm2_jax.files import write_json
-from adacm2_jax.inference.processor import Processor
+from adacm2_jax.inference.processor import LLM_DIR, QFORMER_DIR, Processor
 from adacm2_jax.inference.tokenizers import check_vicuna, read_tokenizers
 from adacm2_jax.models.params import param_shapes
-from adacm2_jax.port.destination import check_destination, check_room, written_beside
-from adacm2_jax.port.formats import TorchCheckpoint, open_checkpoint
-from adacm2_jax.port.rules import match
+from adacm2_jax.port.destination import check_room, open_destination, written_beside
+from adacm2_jax.port.formats import TorchCheckpoint, TorchParams, numpy_dtype, open_checkpoint
 from adacm2_jax.port.store import LazyArray, write_params
 from adacm2_jax.runs.workdir import PARAMS_DIR
 
@@ -59,8 +55,7 @@ def import_checkpoint(
     Raises:
       UserError: if anything does not fit; then nothing is written.
     """
-    target = epath.Path(destination)
-    check_destination(target, force)
+    target = open_destination(destination, force, sources)
     with contextlib.closing(open_checkpoint(sources)) as source:
         check_vicuna(source.llm_dir, allow_llm)
         config = source.config
@@ -71,14 +66,16 @@ def import_checkpoint(
             config.qformer.vocab_size,
         )
         processor = Processor(*tokenizers, config)
-        params = lazy_params(source, dtype)
-        check_zeros(source)
+        stored = TorchParams(source)
+        check_other_values(source, stored)
+        params = lazy_params(stored, dtype)
         total = sum(value.nbytes for value in params.values())
         check_room(target, total)
-        with written_beside(target, force) as partial:
+        with written_beside(target) as partial:
             with tqdm(total=total, unit="B", unit_scale=True, desc="import", disable=None) as bar:
                 digest = write_params(partial / PARAMS_DIR, params, bar.update)
-            save_processor(processor, partial)
+            processor.save_qformer(partial / QFORMER_DIR)
+            processor.save_llm(partial / LLM_DIR)
             write_json(partial / "config.json", {"model": to_dict(config)})
             base = {
                 "fingerprint": digest,
@@ -92,67 +89,41 @@ def import_checkpoint(
     return base
 
 
-def lazy_params(source: TorchCheckpoint, dtype: str = "") -> dict[str, LazyArray]:
-    """Every parameter of a recognised checkpoint, to be read layer by layer.
+def lazy_params(params: TorchParams, dtype: str = "") -> dict[str, LazyArray]:
+    """Every parameter, to be read layer by layer; of its own dtype unless one is named."""
 
-    Raises:
-      UserError: with a readable difference, if names or shapes do not fit.
-    """
-    shapes = param_shapes(source.config)
-    found = match(shapes, source.parts)
-    params = {}
-    for path, (number, pieces) in sorted(found.items()):
-        reader = source.sources[number]
-        stored = [np.dtype(_np_dtype(reader.dtypes[piece.name])) for piece in pieces]
-        kind = np.dtype(_np_dtype(dtype)) if dtype else _promoted(stored)
-        stacked = len(pieces) > 1 or pieces[0].shape != shapes[path]
+    def lazy(path: str) -> LazyArray:
+        kind = numpy_dtype(dtype) if dtype else params.dtypes[path]
+        return LazyArray(
+            params.shapes[path],
+            kind,
+            params.layers[path],
+            lambda layer: params.read(path, layer).astype(kind, copy=False),
+        )
 
-        def read(i: int, reader=reader, pieces=pieces, kind=kind) -> np.ndarray:
-            piece = pieces[i]
-            values = reader.read(piece.name, piece.rows)
-            return piece.layout.to_ours(values, piece.shape).astype(kind, copy=False)
-
-        params[path] = LazyArray(shapes[path], kind, len(pieces) if stacked else None, read)
-    return params
+    return {path: lazy(path) for path in params.shapes}
 
 
-def check_zeros(source: TorchCheckpoint) -> None:
-    """Refuses values where ours has no parameter: EVA's attention has no bias on the keys.
+def check_other_values(source: TorchCheckpoint, params: TorchParams) -> None:
+    """Refuses values for which ours has no parameter: biases on the keys, where EVA has none, and
+    a head of its own where ``config.json`` ties it to the embeddings.
 
     Raises:
       UserError: naming the tensor.
     """
     for reader, part in zip(source.sources, source.parts, strict=True):
-        for name, (which, parts) in part.table.zeros.items():
-            if name in part.shapes:
-                size = part.shapes[name][0] // parts
-                if reader.read(name, slice(which * size, (which + 1) * size)).any():
-                    raise UserError(
-                        f"{part.where}: {name} is not zero on the keys, where EVA has no bias; "
-                        "these are the weights of another vision model"
-                    )
-
-
-def save_processor(processor: Processor, directory: epath.Path) -> None:
-    """Writes the tokenizers, also where the tokenizers library cannot write."""
-    with tempfile.TemporaryDirectory() as local:
-        processor.save(local)
-        for file in sorted(path for path in pathlib.Path(local).rglob("*") if path.is_file()):
-            copy = directory / file.relative_to(local).as_posix()
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(file.read_bytes())
-
-
-def _np_dtype(name: str) -> Any:
-    import ml_dtypes
-
-    known = {"float64", "float32", "float16", "bfloat16"}
-    if name not in known:
-        raise UserError(f"dtype {name} is not one of {', '.join(sorted(known))}")
-    return ml_dtypes.bfloat16 if name == "bfloat16" else name
-
-
-def _promoted(kinds: Sequence[np.dtype]) -> np.dtype:
-    """One dtype that holds every layer's values exactly."""
-    unique = set(kinds)
-    return unique.pop() if len(unique) == 1 else np.dtype(np.float32)
+        for name in sorted(part.table.zeros.keys() & part.shapes.keys()):
+            which, parts = part.table.zeros[name]
+            size = part.shapes[name][0] // parts
+            if reader.read(name, slice(which * size, (which + 1) * size)).any():
+                raise UserError(
+                    f"{part.where}: {name} is not zero on the keys, where EVA has no bias; "
+                    "these are the weights of another vision model"
+                )
+        for name in sorted(part.table.copies.keys() & part.shapes.keys()):
+            if not np.array_equal(reader.read(name), params.read(part.table.copies[name])):
+                raise UserError(
+                    f"{part.where}: {name} differs from the table of embeddings, but the language "
+                    "model's config.json has tie_word_embeddings: true; set it to false to keep "
+                    "this head, or remove the tensor"
+                )

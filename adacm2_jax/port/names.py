@@ -8,19 +8,20 @@ adds ``image_pe``, our temporal table.
 import re
 
 from adacm2_jax.config import AdaCM2Config, LlamaConfig, QFormerConfig, VisionConfig
-from adacm2_jax.port.rules import CONV, FLAT, FROM_HEADS, LINEAR, SAME, Rule, Table
+from adacm2_jax.port.rules import CONV, FLAT, FROM_HEADS, LINEAR, SAME, Layout, Rule, Table
 
 #: The tensors of attention's rotary positions, which old checkpoints carry.
 _ROTARY = (
     r"(language_model\.|llm_model\.)?(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+    "a buffer: rotary frequencies",
 )
 _IGNORED_HF = (
     (r"qformer\.embeddings\.position_ids", "a buffer: 0, 1, 2, …"),
-    (_ROTARY[0], "a buffer: rotary frequencies"),
+    _ROTARY,
 )
 _IGNORED_LAVIS = (
     (r"Qformer\.bert\.embeddings\.position_ids", "a buffer: 0, 1, 2, …"),
-    (_ROTARY[0], "a buffer: rotary frequencies"),
+    _ROTARY,
     (r"Qformer\.cls\..*", "BERT's language-model head, which InstructBLIP removes"),
     (r"visual_encoder\.(norm|fc_norm|head)\..*", "EVA-CLIP's own tail, which LAVIS cuts off"),
 )
@@ -28,59 +29,30 @@ _IGNORED_LAVIS = (
 
 def hf_table(config: AdaCM2Config) -> Table:
     """``InstructBlipForConditionalGeneration``. It has no temporal table."""
-    prefix = "vision_model.encoder.layers.{}.self_attn.qkv"
-    third = {(0, 3): "query", (2, 3): "value"}
-    rules = [
-        *_vision(config.vision),
-        *(
-            Rule(
-                f"vision/blocks/{ours}/bias",
-                f"{prefix}.bias",
-                FLAT,
-                tuple(range(config.vision.depth)),
-                part,
-            )
-            for part, ours in third.items()
-        ),
-        *_joints(),
-        *_qformer(config.qformer),
-        *llama_rules(config.llm, "llm/", "language_model."),
-        Rule("temporal_embed", "image_pe.weight", SAME),
-    ]
-    zeros = {f"{prefix}.bias".format(i): (1, 3) for i in range(config.vision.depth)}
-    ignored = _IGNORED_HF + _tied_head(config.llm, "language_model.")
-    return Table(tuple(rules), zeros, ignored, ("temporal_embed",))
+    packed = "vision_model.encoder.layers.{}.self_attn.qkv.bias"
+    rules = _rules(
+        config, {"query": (packed, (0, 3)), "value": (packed, (2, 3))}, "language_model."
+    )
+    zeros = {packed.format(i): (1, 3) for i in range(config.vision.depth)}
+    copies = _tied_head(config.llm, "llm/", "language_model.")
+    return Table(rules, zeros, _IGNORED_HF, ("temporal_embed",), copies)
 
 
 def lavis_table(config: AdaCM2Config) -> Table:
     """LAVIS's InstructBLIP as one model, and MA-LMM, which adds the temporal table."""
-    layers = tuple(range(config.vision.depth))
-    rules = [
-        *(_renamed(rule) for rule in _vision(config.vision)),
-        *(
-            Rule(
-                f"vision/blocks/{ours}/bias",
-                "visual_encoder.blocks.{}.attn." + theirs,
-                FLAT,
-                layers,
-            )
-            for ours, theirs in (("query", "q_bias"), ("value", "v_bias"))
-        ),
-        *(_renamed(rule) for rule in _joints()),
-        *(_renamed(rule) for rule in _qformer(config.qformer)),
-        *llama_rules(config.llm, "llm/", "llm_model."),
-        Rule("temporal_embed", "image_pe.weight", SAME),
-    ]
-    last = ((rf"visual_encoder\.blocks\.{len(layers)}\..*", "EVA-CLIP's last block"),)
-    cut = last if len(layers) == 39 else ()  # LAVIS builds 39 of the 40
-    ignored = _IGNORED_LAVIS + cut + _tied_head(config.llm, "llm_model.")
-    return Table(tuple(rules), {}, ignored, ("temporal_embed",))
+    block, depth = "visual_encoder.blocks.{}.attn.", config.vision.depth
+    biases = {"query": (f"{block}q_bias", (0, 1)), "value": (f"{block}v_bias", (0, 1))}
+    rules = tuple(_renamed(rule) for rule in _rules(config, biases, "llm_model."))
+    last = ((rf"visual_encoder\.blocks\.{depth}\..*", "EVA-CLIP's last block"),)
+    cut = last if depth == 39 else ()  # LAVIS builds 39 of the 40
+    copies = _tied_head(config.llm, "llm/", "llm_model.")
+    return Table(rules, {}, _IGNORED_LAVIS + cut, ("temporal_embed",), copies)
 
 
 def llama_table(config: LlamaConfig) -> Table:
     """A bare ``LlamaForCausalLM``; paths of ours start at the language model."""
-    ignored = ((_ROTARY[0], "a buffer: rotary frequencies"), *_tied_head(config, ""))
-    return Table(tuple(llama_rules(config, "", "")), {}, ignored)
+    rules, copies = llama_rules(config, "", ""), _tied_head(config, "", "")
+    return Table(tuple(rules), ignored=(_ROTARY,), copies=copies)
 
 
 def llama_rules(c: LlamaConfig, ours: str, theirs: str) -> list[Rule]:
@@ -109,6 +81,31 @@ def llama_rules(c: LlamaConfig, ours: str, theirs: str) -> list[Rule]:
     return rules
 
 
+def _rules(
+    config: AdaCM2Config, biases: dict[str, tuple[str, tuple[int, int]]], llm: str
+) -> tuple[Rule, ...]:
+    """All of ours, by Hugging Face's names.
+
+    Args:
+      config: the model.
+      biases: of the ViT's query and value: the tensor, and which part of it.
+      llm: what stands before the names of the language model.
+    """
+    layers = tuple(range(config.vision.depth))
+    return (
+        *_vision(config.vision),
+        *(
+            Rule(f"vision/blocks/{ours}/bias", theirs, FLAT, layers, part)
+            for ours, (theirs, part) in biases.items()
+        ),
+        *_norm("ln_vision", "vision_model.post_layernorm", None),
+        *_linear("language_projection/", "language_projection", LINEAR, SAME),
+        *_qformer(config.qformer),
+        *llama_rules(config.llm, "llm/", llm),
+        Rule("temporal_embed", "image_pe.weight", SAME),
+    )
+
+
 def _vision(c: VisionConfig) -> list[Rule]:
     """EVA's ViT, without the biases of query and value, which Hugging Face packs."""
     theirs, layers = "vision_model.encoder.layers.{}.", tuple(range(c.depth))
@@ -118,38 +115,18 @@ def _vision(c: VisionConfig) -> list[Rule]:
         Rule("vision/patch_embed/kernel", "vision_model.embeddings.patch_embedding.weight", CONV),
         Rule("vision/patch_embed/bias", "vision_model.embeddings.patch_embedding.bias", SAME),
     ]
+    qkv = f"{theirs}self_attn.qkv.weight"
     for i, name in enumerate(("query", "key", "value")):
-        rules.append(
-            Rule(
-                f"vision/blocks/{name}/kernel",
-                f"{theirs}self_attn.qkv.weight",
-                LINEAR,
-                layers,
-                (i, 3),
-            )
-        )
-    rows = [
+        rules.append(Rule(f"vision/blocks/{name}/kernel", qkv, LINEAR, layers, (i, 3)))
+    for path, name, layout in (
         ("out", "self_attn.projection", FROM_HEADS),
         ("mlp/up", "mlp.fc1", LINEAR),
         ("mlp/down", "mlp.fc2", LINEAR),
-    ]
-    for path, name, layout in rows:
-        rules += [
-            Rule(f"vision/blocks/{path}/kernel", f"{theirs}{name}.weight", layout, layers),
-            Rule(f"vision/blocks/{path}/bias", f"{theirs}{name}.bias", SAME, layers),
-        ]
+    ):
+        rules += _linear(f"vision/blocks/{path}/", f"{theirs}{name}", layout, SAME, layers)
     for path, name in (("norm1", "layer_norm1"), ("norm2", "layer_norm2")):
         rules += _norm(f"vision/blocks/{path}", f"{theirs}{name}", layers)
     return rules
-
-
-def _joints() -> list[Rule]:
-    """What stands between the networks."""
-    return [
-        *_norm("ln_vision", "vision_model.post_layernorm", None),
-        Rule("language_projection/kernel", "language_projection.weight", LINEAR),
-        Rule("language_projection/bias", "language_projection.bias", SAME),
-    ]
 
 
 def _qformer(c: QFormerConfig) -> list[Rule]:
@@ -165,19 +142,16 @@ def _qformer(c: QFormerConfig) -> list[Rule]:
     def attention(path: str, name: str, inputs: tuple[str, ...], layers) -> None:
         for kind in inputs:
             source = f"{theirs}{name}.attention.{kind}"
-            rules.append(Rule(f"{path}/{kind}/kernel", f"{source}.weight", LINEAR, layers))
-            rules.append(Rule(f"{path}/{kind}/bias", f"{source}.bias", FLAT, layers))
+            rules.extend(_linear(f"{path}/{kind}/", source, LINEAR, FLAT, layers))
         source = f"{theirs}{name}.output"
-        rules.append(Rule(f"{path}/out/kernel", f"{source}.dense.weight", FROM_HEADS, layers))
-        rules.append(Rule(f"{path}/out/bias", f"{source}.dense.bias", SAME, layers))
+        rules.extend(_linear(f"{path}/out/", f"{source}.dense", FROM_HEADS, SAME, layers))
         rules.extend(_norm(f"{path}/norm", f"{source}.LayerNorm", layers))
 
     attention("qformer/groups/cross_attention", "crossattention", ("query",), reading)
     for kind in ("key", "value"):
         source = f"{theirs}crossattention.attention.{kind}"
-        path = f"qformer/frame_projection/{kind}"
-        rules.append(Rule(f"{path}_kernel", f"{source}.weight", LINEAR, reading))
-        rules.append(Rule(f"{path}_bias", f"{source}.bias", FLAT, reading))
+        path = f"qformer/frame_projection/{kind}_"
+        rules += _linear(path, source, LINEAR, FLAT, reading)
     for i in range(every):
         layers = tuple(first + i for first in reading)
         path = f"qformer/groups/self_attention_{i}"
@@ -186,10 +160,18 @@ def _qformer(c: QFormerConfig) -> list[Rule]:
             path = f"qformer/groups/{branch}_ffn_{i}"
             for part, name in (("up", "intermediate"), ("down", "output")):
                 source = f"{theirs}{name}{suffix}.dense"
-                rules.append(Rule(f"{path}/mlp/{part}/kernel", f"{source}.weight", LINEAR, layers))
-                rules.append(Rule(f"{path}/mlp/{part}/bias", f"{source}.bias", SAME, layers))
+                rules += _linear(f"{path}/mlp/{part}/", source, LINEAR, SAME, layers)
             rules.extend(_norm(f"{path}/norm", f"{theirs}output{suffix}.LayerNorm", layers))
     return rules
+
+
+def _linear(
+    path: str, name: str, kernel: Layout, bias: Layout, layers: tuple[int, ...] | None = None
+) -> list[Rule]:
+    return [
+        Rule(f"{path}kernel", f"{name}.weight", kernel, layers),
+        Rule(f"{path}bias", f"{name}.bias", bias, layers),
+    ]
 
 
 def _norm(path: str, name: str, layers: tuple[int, ...] | None) -> list[Rule]:
@@ -199,9 +181,8 @@ def _norm(path: str, name: str, layers: tuple[int, ...] | None) -> list[Rule]:
     ]
 
 
-def _tied_head(c: LlamaConfig, prefix: str) -> tuple[tuple[str, str], ...]:
-    name = re.escape(f"{prefix}lm_head.weight")
-    return ((name, "tied to the embeddings"),) if c.tie_embeddings else ()
+def _tied_head(c: LlamaConfig, ours: str, theirs: str) -> dict[str, str]:
+    return {f"{theirs}lm_head.weight": f"{ours}token_embed"} if c.tie_embeddings else {}
 
 
 #: Hugging Face's name of a tensor → LAVIS's, applied in order.

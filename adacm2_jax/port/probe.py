@@ -8,11 +8,14 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch
+from transformers.models.instructblip import modeling_instructblip as blip
+from transformers.models.llama import modeling_llama as llama
 
 from adacm2_jax.config import AdaCM2Config, MemoryConfig
 from adacm2_jax.memory.policies import retention_plan
@@ -28,14 +31,9 @@ from adacm2_jax.models.layers import Dense, LayerNorm
 from adacm2_jax.models.llama import Layer, RMSNorm
 from adacm2_jax.models.qformer import FrameProjection, Group, SelfAttention
 from adacm2_jax.models.vit import Block, VisionTransformer
-
-
-class Weights(Protocol):
-    """Where a probe takes its parameters from."""
-
-    shapes: dict[str, tuple[int, ...]]
-
-    def read(self, path: str, layer: int | None = None) -> np.ndarray: ...
+from adacm2_jax.port.exporter import TheirTensors
+from adacm2_jax.port.formats import to_hugging_face_config
+from adacm2_jax.port.store import OurParams
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -46,7 +44,7 @@ def _apply(module, params, *args):
 class OurProbe:
     """Our side: each layer's own module, on the parameters of that layer."""
 
-    def __init__(self, config: AdaCM2Config, weights: Weights):
+    def __init__(self, config: AdaCM2Config, weights: OurParams):
         self._c, self._weights = config, weights
 
     def _tree(self, path: str, layer: int | None = None, only: tuple[str, ...] = ()) -> Any:
@@ -187,76 +185,60 @@ class TheirProbe:
 
     Args:
       config: the model.
-      weights: ``state(prefix)`` gives a module's ``state_dict``.
+      weights: the checkpoint's, under Hugging Face's names.
     """
 
-    def __init__(self, config: AdaCM2Config, weights: Any):
-        from transformers.models.instructblip import modeling_instructblip
-        from transformers.models.llama import modeling_llama
-
-        from adacm2_jax.port.formats import to_hugging_face_config
-
+    def __init__(self, config: AdaCM2Config, weights: TheirTensors):
         self._c, self._weights = config, weights
-        self._blip, self._llama = modeling_instructblip, modeling_llama
         hf = to_hugging_face_config(config, "float32", None)
-        self._vision, self._qformer, self._text = (
-            hf.vision_config,
-            hf.qformer_config,
-            hf.text_config,
-        )
+        self._vision, self._qformer = hf.vision_config, hf.qformer_config
+        self._text = hf.text_config
         for part in (self._vision, self._qformer, self._text):
             part._attn_implementation = "eager"
 
-    def _load(self, make: Callable[[], Any], prefix: str):
-        """A module with its weights, without memory for others."""
-        import torch
+    def _state(self, prefix: str) -> dict[str, torch.Tensor]:
+        """A module's ``state_dict`` in float32: what stands below a prefix."""
+        return {
+            name.removeprefix(prefix): torch.from_numpy(self._weights.read(name).astype(np.float32))
+            for name in self._weights.shapes
+            if name.startswith(prefix)
+        }
 
+    def _load(self, prefix: str, make: Callable[..., Any], *args: Any, **options: Any):
+        """A module with its weights, without memory for others."""
         with torch.device("meta"):
-            module = make()
-        module.load_state_dict(self._weights.state(prefix), strict=True, assign=True)
+            module = make(*args, **options)
+        module.load_state_dict(self._state(prefix), strict=True, assign=True)
         return module.eval().requires_grad_(False)
 
     def vision_block(self, i: int, pixels: np.ndarray):
-        import torch
-
         if i == 0:
             embed = self._load(
-                lambda: self._blip.InstructBlipVisionEmbeddings(self._vision),
-                "vision_model.embeddings.",
+                "vision_model.embeddings.", blip.InstructBlipVisionEmbeddings, self._vision
             )
             self._x = embed(torch.from_numpy(np.moveaxis(pixels, -1, 1).copy()))
-        block = self._load(
-            lambda: self._blip.InstructBlipEncoderLayer(self._vision),
-            f"vision_model.encoder.layers.{i}.",
-        )
+        prefix = f"vision_model.encoder.layers.{i}."
+        block = self._load(prefix, blip.InstructBlipEncoderLayer, self._vision)
         # Required up to 4.x, unknown from 5.x on.
         masked = "attention_mask" in inspect.signature(block.forward).parameters
         self._x = _first(block(self._x, **({"attention_mask": None} if masked else {})))
         return self._x
 
     def vision_tokens(self):
-        import torch
-
-        norm = self._load(
-            lambda: torch.nn.LayerNorm(self._c.vision.width, eps=self._c.ln_vision_eps),
-            "vision_model.post_layernorm.",
-        )
+        width, eps = self._c.vision.width, self._c.ln_vision_eps
+        norm = self._load("vision_model.post_layernorm.", torch.nn.LayerNorm, width, eps=eps)
         self._features = norm(self._x)
         return self._features
 
     def qformer_layer(self, i: int, ids: np.ndarray):
-        import torch
-
         count = self._c.qformer.num_queries
         if i == 0:
-            embed = self._blip.InstructBlipQFormerEmbeddings(self._qformer)
-            embed.load_state_dict(self._weights.state("qformer.embeddings."), strict=False)
-            tokens = self._weights.state("query_tokens")[""]
+            embed = blip.InstructBlipQFormerEmbeddings(self._qformer)
+            embed.load_state_dict(self._state("qformer.embeddings."), strict=False)
+            tokens = self._state("query_tokens")[""]
             self._rows = embed.eval()(input_ids=torch.from_numpy(ids).long(), query_embeds=tokens)
-        layer = self._load(
-            lambda: self._blip.InstructBlipQFormerLayer(self._qformer, i),
-            f"qformer.encoder.layer.{i}.",
-        )
+        prefix = f"qformer.encoder.layer.{i}."
+        layer = self._load(prefix, blip.InstructBlipQFormerLayer, self._qformer, i)
         with torch.no_grad():
             mask = torch.zeros((1, 1, 1, self._rows.shape[1]))
             rows = _first(layer.attention(self._rows, attention_mask=mask))
@@ -279,50 +261,30 @@ class TheirProbe:
         return {"rows": self._rows.numpy()} | result
 
     def project(self):
-        import torch
-
-        dense = self._load(
-            lambda: torch.nn.Linear(self._c.qformer.width, self._c.llm.width),
-            "language_projection.",
-        )
+        sizes = self._c.qformer.width, self._c.llm.width
+        dense = self._load("language_projection.", torch.nn.Linear, *sizes)
         self._h = dense(self._rows[:, : self._c.qformer.num_queries])
         return self._h
 
     def llm_layer(self, i: int, ids: np.ndarray):
-        import torch
-
         if i == 0:
-            words = self._weights.state("language_model.model.embed_tokens.")["weight"][ids]
+            words = self._state("language_model.model.embed_tokens.")["weight"][ids]
             self._h = torch.cat([self._h, words], dim=1)
         length = self._h.shape[1]
         positions = torch.arange(length)[None]
-        turn = self._llama.LlamaRotaryEmbedding(config=self._text)
+        turn = llama.LlamaRotaryEmbedding(config=self._text)
         mask = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)[None, None]
-        layer = self._load(
-            lambda: self._llama.LlamaDecoderLayer(self._text, 0),
-            f"language_model.model.layers.{i}.",
-        )
-        self._h = _first(
-            layer(
-                self._h,
-                attention_mask=mask,
-                position_ids=positions,
-                position_embeddings=turn(self._h, positions),
-            )
-        )
+        prefix = f"language_model.model.layers.{i}."
+        layer = self._load(prefix, llama.LlamaDecoderLayer, self._text, 0)
+        places = dict(position_ids=positions, position_embeddings=turn(self._h, positions))
+        self._h = _first(layer(self._h, attention_mask=mask, **places))
         return self._h
 
     def logits(self):
-        norm = self._load(
-            lambda: self._llama.LlamaRMSNorm(self._c.llm.width, self._c.llm.rms_norm_eps),
-            "language_model.model.norm.",
-        )
-        hidden = norm(self._h)
-        if self._c.llm.tie_embeddings:
-            head = self._weights.state("language_model.model.embed_tokens.")["weight"]
-        else:
-            head = self._weights.state("language_model.lm_head.")["weight"]
-        return hidden @ head.T
+        c, prefix = self._c.llm, "language_model."
+        norm = self._load(f"{prefix}model.norm.", llama.LlamaRMSNorm, c.width, c.rms_norm_eps)
+        head = f"{prefix}model.embed_tokens." if c.tie_embeddings else f"{prefix}lm_head."
+        return norm(self._h) @ self._state(head)["weight"].T
 
 
 def _first(output):

@@ -122,12 +122,14 @@ class Table:
         (EVA's attention has no bias on the keys).
       ignored: regular expressions over tensors that carry no parameter, and why.
       optional: paths of ours that the checkpoint may lack.
+      copies: tensor name → path of ours whose values it may repeat, but not change (a tied head).
     """
 
     rules: tuple[Rule, ...]
     zeros: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     ignored: tuple[tuple[str, str], ...] = ()
     optional: tuple[str, ...] = ()
+    copies: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def pieces_of(rule: Rule, shape: Shape) -> list[Piece]:
@@ -170,7 +172,8 @@ def match(ours: dict[str, Shape], parts: Sequence[Part]) -> dict[str, tuple[int,
       holds are left out.
 
     Raises:
-      UserError: with a readable difference, if anything is missing, left over or of another shape.
+      UserError: with a readable difference, if anything is missing, left over or of another shape;
+        for a part that gives nothing.
     """
     found: dict[str, tuple[int, list[Piece]]] = {}
     lines = []
@@ -178,12 +181,14 @@ def match(ours: dict[str, Shape], parts: Sequence[Part]) -> dict[str, tuple[int,
         known = {rule.ours for rule in part.table.rules}
         if known != set(ours):
             raise AssertionError(f"names.py does not cover {sorted(known ^ set(ours))}")
-        used: set[str] = set()
+        used = set(part.table.copies)
+        given = False
         for rule in part.table.rules:
             names = rule.names()
             used.update(names)
             if set(names).isdisjoint(part.shapes):
                 continue
+            given = True
             try:
                 pieces = pieces_of(rule, ours[rule.ours])
             except UserError as error:
@@ -199,6 +204,12 @@ def match(ours: dict[str, Shape], parts: Sequence[Part]) -> dict[str, tuple[int,
         for name in sorted(set(part.shapes) - used):
             if not any(re.fullmatch(pattern, name) for pattern, _ in part.table.ignored):
                 lines.append(f" + {name} {part.shapes[name]}")
+        if not given and not lines:
+            tensors = ", ".join(sorted(part.shapes)[:5])
+            raise UserError(
+                f"{part.where} gives no parameter of this model, it holds {tensors}; leave it out, "
+                "or name the file with the weights"
+            )
     for rule in parts[0].table.rules:
         if rule.ours not in found and rule.ours not in parts[0].table.optional:
             pieces = pieces_of(rule, ours[rule.ours])

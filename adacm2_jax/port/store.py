@@ -21,7 +21,7 @@ import tensorstore as ts
 from etils import epath
 
 from adacm2_jax.config import AdaCM2Config, from_dict
-from adacm2_jax.errors import UserError
+from adacm2_jax.errors import UserError, reason
 from adacm2_jax.runs.workdir import param_trees, read_config
 
 
@@ -108,36 +108,45 @@ def fingerprint(digests: dict[str, str]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-class StoredParams:
-    """The parameters of an Orbax tree with flat names, to be read layer by layer.
+def open_ours(source: str | os.PathLike) -> tuple[AdaCM2Config, "OurParams"]:
+    """The model and the parameters of a converted checkpoint, or of a run's newest step.
+
+    Raises:
+      UserError: if there is none, or it is damaged.
+    """
+    config = from_dict(read_config(source)["model"])
+    return config, OurParams(param_trees(source))
+
+
+class OurParams:
+    """Parameters in Orbax trees with flat names, to be read layer by layer.
 
     Args:
-      directory: as :func:`write_params`, or ``train.py``, wrote it.
+      trees: as :func:`write_params`, or ``train.py``, wrote them; of a path in several the first
+        counts.
 
     Attributes:
       shapes: path → shape.
       dtypes: path → dtype.
 
     Raises:
-      UserError: if it is damaged.
+      UserError: if one is damaged.
     """
 
-    def __init__(self, directory: epath.PathLike):
-        directory = epath.Path(directory)
-        try:
-            with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
-                tree = handler.metadata(directory).tree
-            self._arrays = {path: _open(directory, path) for path in tree}
-        except Exception as error:
-            reason = str(error).strip().split("\n")[0][:160]
-            raise UserError(
-                f"checkpoint {directory} is damaged or half-written "
-                f"({type(error).__name__}: {reason})"
-            ) from error
+    def __init__(self, trees: Sequence[epath.Path]):
+        self._arrays: dict[str, ts.TensorStore] = {}
+        for tree in reversed(trees):
+            try:
+                with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+                    paths = handler.metadata(tree).tree
+                self._arrays |= {path: _open(tree, path) for path in paths}
+            except Exception as error:
+                raise UserError(
+                    f"checkpoint {tree} is damaged or half-written "
+                    f"({type(error).__name__}: {reason(error)})"
+                ) from error
         self.shapes = {path: tuple(array.shape) for path, array in self._arrays.items()}
-        self.dtypes = {
-            path: np.dtype(array.dtype.numpy_dtype) for path, array in self._arrays.items()
-        }
+        self.dtypes = {p: np.dtype(array.dtype.numpy_dtype) for p, array in self._arrays.items()}
 
     def read(self, path: str, layer: int | None = None) -> np.ndarray:
         """A parameter, or one layer of it."""
@@ -147,8 +156,10 @@ class StoredParams:
 
 def _open(directory: epath.Path, path: str) -> ts.TensorStore:
     """One array. What is stored in a single chunk stays in a cache while its layers are read."""
-    place = str(directory).rstrip("/")
-    base = ts.KvStore.Spec(place if "://" in place else f"file://{place}").to_json()
+    place = os.fspath(directory).rstrip("/")
+    base: dict = {"driver": "file", "path": place}
+    if "://" in place:
+        base = ts.KvStore.Spec(place).to_json()
     if (directory / "manifest.ocdbt").exists():
         store: dict = {"driver": "ocdbt", "base": base, "path": f"{path}/"}
     else:
@@ -160,31 +171,3 @@ def _open(directory: epath.Path, path: str) -> ts.TensorStore:
         return array
     cache = ts.Context({"cache_pool": {"total_bytes_limit": 4 << 30}})
     return ts.open(spec, open=True, read=True, context=cache).result()
-
-
-def open_ours(source: str | os.PathLike) -> tuple[AdaCM2Config, "OurParams"]:
-    """The model and the parameters of a converted checkpoint, or of a run's newest step.
-
-    Raises:
-      UserError: if there is none, or it is damaged.
-    """
-    config = from_dict(read_config(source)["model"])
-    return config, OurParams([StoredParams(tree) for tree in param_trees(source)])
-
-
-class OurParams:
-    """Parameters that lie in one or more Orbax trees; of a path in several, the first counts.
-
-    Attributes:
-      shapes: path → shape.
-      dtypes: path → dtype.
-    """
-
-    def __init__(self, parts: Sequence[StoredParams]):
-        self._part = {path: part for part in reversed(parts) for path in part.shapes}
-        self.shapes = {path: part.shapes[path] for path, part in self._part.items()}
-        self.dtypes = {path: part.dtypes[path] for path, part in self._part.items()}
-
-    def read(self, path: str, layer: int | None = None) -> np.ndarray:
-        """A parameter, or one layer of it."""
-        return self._part[path].read(path, layer)

@@ -5,6 +5,7 @@ that a model of 16 GB is compared in less than 4 GB.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,10 +13,10 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from adacm2_jax.models.params import param_shapes
-from adacm2_jax.port.formats import TorchCheckpoint
+from adacm2_jax.config import AdaCM2Config
+from adacm2_jax.port.exporter import TheirTensors
+from adacm2_jax.port.formats import TorchCheckpoint, TorchParams
 from adacm2_jax.port.names import hf_table
-from adacm2_jax.port.rules import Piece, match, pieces_of
 from adacm2_jax.port.store import OurParams
 
 #: Largest relative error of an output: 2⁻²⁴ for each rounding, growing like the square root of the
@@ -40,28 +41,37 @@ class Row:
     good: bool
 
 
-def compare_values(source: TorchCheckpoint, ours: OurParams) -> list[Row]:
+def given_table(source: TorchCheckpoint, theirs: TorchParams) -> str:
+    """What each part of a checkpoint gives; what a later one lies over is not counted."""
+    lines = [f"{'taken from':44} {'tensors':>14} {'parameters':>14}"]
+    for number, part in enumerate(source.parts):
+        of_part = [pieces for which, pieces in theirs.origins.values() if which == number]
+        tensors = len({piece.name for pieces in of_part for piece in pieces})
+        values = sum(math.prod(piece.shape) for pieces in of_part for piece in pieces)
+        lines.append(f"{part.where:44} {tensors:14} {values:14}")
+    return "\n".join(lines)
+
+
+def compare_values(theirs: TorchParams, ours: OurParams) -> list[Row]:
     """Every value of ours against the tensor that it came from, by network.
 
     Equal means bit by bit, or, where ours was converted to another dtype, equal after the same
     conversion.
     """
-    found = match(param_shapes(source.config), source.parts)
     rows: dict[str, Row] = {}
-    layers = sum(len(pieces) for _, pieces in found.values())
-    with tqdm(total=layers, desc="compare values", unit="layer", disable=None) as bar:
-        for path, (number, pieces) in found.items():
-            row = rows.setdefault(path.split("/")[0], Row(path.split("/")[0], 0, 0.0, True))
-            stacked = len(pieces) > 1 or pieces[0].shape != ours.shapes[path]
-            for i, piece in enumerate(pieces):
-                theirs = source.sources[number].read(piece.name, piece.rows)
-                theirs = piece.layout.to_ours(theirs, piece.shape).astype(ours.dtypes[path])
-                mine = ours.read(path, i if stacked else None)
-                row.count += mine.size
-                if not _same_bits(mine, theirs):
-                    row.error = max(row.error, _error(mine, theirs))
-                    row.good = False
-                bar.update()
+    pieces = [
+        (path, layer)
+        for path, count in theirs.layers.items()
+        for layer in ([None] if count is None else range(count))
+    ]
+    for path, layer in tqdm(pieces, desc="compare values", unit="layer", disable=None):
+        row = rows.setdefault(path.split("/")[0], Row(path.split("/")[0], 0, 0.0, True))
+        original = theirs.read(path, layer).astype(ours.dtypes[path])
+        mine = ours.read(path, layer)
+        row.count += mine.size
+        if not _same_bits(mine, original):
+            row.error = max(row.error, _error(mine, original))
+            row.good = False
     return list(rows.values())
 
 
@@ -77,70 +87,46 @@ def _error(mine: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.abs(left - right).max()) / (largest or 1.0)
 
 
-class TheirWeights:
-    """A checkpoint's tensors under Hugging Face's names, whatever its own names are."""
-
-    def __init__(self, source: TorchCheckpoint):
-        shapes = param_shapes(source.config)
-        self._source = source
-        found = match(shapes, source.parts)
-        self._parts: dict[str, list[tuple[Piece, int, Piece]]] = {}
-        for rule in hf_table(source.config).rules:
-            if rule.ours in found:
-                number, pieces = found[rule.ours]
-                for want, have in zip(pieces_of(rule, shapes[rule.ours]), pieces, strict=True):
-                    self._parts.setdefault(want.name, []).append((want, number, have))
-
-    def state(self, prefix: str) -> dict[str, Any]:
-        """A module's ``state_dict`` in float32: what stands below a prefix."""
-        import torch
-
-        state = {}
-        for name, parts in self._parts.items():
-            if name.startswith(prefix):
-                whole = np.zeros(parts[0][0].whole_shape, np.float32)
-                for want, number, have in parts:
-                    whole[want.rows] = self._source.sources[number].read(have.name, have.rows)
-                state[name.removeprefix(prefix)] = torch.from_numpy(whole)
-        return state
-
-
-def compare_outputs(source: TorchCheckpoint, ours: OurParams, seed: int = 0) -> list[Row]:
+def compare_outputs(
+    config: AdaCM2Config, theirs: TorchParams, ours: OurParams, seed: int = 0
+) -> list[Row]:
     """Ours and transformers' outputs on a random frame, question and prompt, in float32.
 
     Each side goes on with its own activations, so errors add up as they do in use.
     """
     from adacm2_jax.port.probe import OurProbe, TheirProbe
 
-    config = source.config
     rng = np.random.default_rng(seed)
     size, text = config.vision.image_size, 12
     pixels = rng.standard_normal((1, size, size, 3)).astype(np.float32)
     ids = rng.integers(5, config.qformer.vocab_size, (1, text))
     prompt = rng.integers(5, config.llm.vocab_size, (1, text))
-    both = [OurProbe(config, ours), TheirProbe(config, TheirWeights(source))]
+    both = [OurProbe(config, ours), TheirProbe(config, TheirTensors(hf_table(config), theirs))]
     rows: list[Row] = []
 
-    def note(what: str, mine, theirs) -> None:
-        mine, theirs = np.asarray(mine), np.asarray(theirs)
-        if mine.shape != theirs.shape:
-            raise AssertionError(f"{what}: {mine.shape} against {theirs.shape}")
-        error = _error(mine, theirs)
+    def note(what: str, mine, original) -> None:
+        mine, original = np.asarray(mine), np.asarray(original)
+        if mine.shape != original.shape:
+            raise AssertionError(f"{what}: {mine.shape} against {original.shape}")
+        error = _error(mine, original)
         rows.append(Row(what, mine.size, error, error <= TOLERANCE))
 
     def step(what: str, method: str, *args: Any) -> None:
         # One after the other, so that the weights of one layer are there once.
         mine = jax.block_until_ready(getattr(both[0], method)(*args))
-        theirs = getattr(both[1], method)(*args)
+        original = getattr(both[1], method)(*args)
         if isinstance(mine, dict):
             for name in mine:
-                note(f"{what} {name}", mine[name], theirs[name])
+                note(f"{what} {name}", mine[name], original[name])
         else:
-            note(what, mine, theirs)
+            note(what, mine, original)
         bar.update()
 
     total = config.vision.depth + config.qformer.depth + config.llm.depth + 3
-    with tqdm(total=total, desc="compare outputs", unit="layer", disable=None) as bar:
+    with (
+        jax.default_matmul_precision("highest"),
+        tqdm(total=total, desc="compare outputs", unit="layer", disable=None) as bar,
+    ):
         for i in range(config.vision.depth):
             step(f"vision block {i}", "vision_block", i, pixels)
         step("vision tokens", "vision_tokens")

@@ -29,7 +29,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str | os.PathLike, keep: int = 2, keep_every: int = 0):
-        self._workdir = pathlib.Path(workdir).absolute()
+        self._workdir = pathlib.Path(absolute(workdir))
         policies = ocp.checkpoint_managers
         stay: list = [policies.LatestN(keep)]
         stay += [policies.EveryNSteps(keep_every)] if keep_every else []

@@ -124,9 +124,12 @@ def param_trees(
 
 
 def absolute(directory: str | os.PathLike) -> epath.Path:
-    """The whole path, without dots; an address in a bucket stays as it is."""
+    """The whole path, without ``..``, which Orbax does not take; an address in a bucket stays as
+    it is."""
     path = epath.Path(directory)
-    return path if "://" in os.fspath(directory) else path.absolute()
+    if "://" in os.fspath(directory):
+        return path
+    return path.resolve() if ".." in path.parts else path.absolute()
 
 
 def write_config(workdir: str | os.PathLike, config: dict) -> None:

@@ -1,67 +1,14 @@
 """Small PyTorch checkpoints on disk, in the layouts in which the large ones are published."""
 
-import dataclasses
-import json
 import pathlib
 
-import sentencepiece
 import torch
 
-from adacm2_jax.config import AdaCM2Config, tiny
+from adacm2_jax.config import AdaCM2Config
 from tests.parity import oracle
+from tests.port.checkpoints import config, read_json, write_pieces, write_words
 
-PIECES, WORDS = 330, 120
-TEXTS = [
-    "which digit was on the red ground?",
-    "what does the video describe?",
-    "Question: who is speaking in the last scene? Short answer:",
-    "a man rides a horse along the beach while the sun sets",
-]
-
-
-def config(**overrides) -> AdaCM2Config:
-    """A model whose tables have a row for ``[PAD]`` and for ``[DEC]``, as InstructBLIP's have, and
-    as many heads: LAVIS's files do not say how many."""
-    base = tiny()
-    sizes = dict(
-        vision=dataclasses.replace(base.vision, num_heads=16),
-        qformer=dataclasses.replace(base.qformer, vocab_size=WORDS + 1, dropout=0.1, num_heads=12),
-        llm=dataclasses.replace(base.llm, vocab_size=PIECES + 1, num_kv_heads=4),
-        max_text_len=48,
-        max_answer_len=76,
-    )
-    return dataclasses.replace(base, **(sizes | overrides))
-
-
-def write_pieces(directory: pathlib.Path) -> None:
-    """A sentencepiece model of LLaMA's form."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "tokenizer.model").open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(TEXTS * 8),
-            model_writer=file,
-            vocab_size=PIECES,
-            model_type="bpe",
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            split_digits=True,
-            minloglevel=2,
-        )
-
-
-def write_words(directory: pathlib.Path) -> None:
-    """A ``vocab.txt`` of BERT's form."""
-    directory.mkdir(parents=True, exist_ok=True)
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    words += [
-        mark + letter for letter in "abcdefghijklmnopqrstuvwxyz0123456789?:" for mark in ("", "##")
-    ]
-    words += sorted(
-        {w for text in TEXTS for w in text.lower().replace("?", " ").split()} - set(words)
-    )
-    words += [f"[unused{i}]" for i in range(WORDS - len(words))]
-    (directory / "vocab.txt").write_text("\n".join(words[:WORDS]) + "\n")
+__all__ = ["config", "read_json", "write_pieces", "write_words"]
 
 
 def write_hugging_face(directory: pathlib.Path, model, shard: str = "400KB") -> pathlib.Path:
@@ -161,7 +108,3 @@ def write_ma_lmm(path: pathlib.Path, model, rows: int, seed: int) -> dict:
 
 def random_model(c: AdaCM2Config, seed: int = 5, dtype: torch.dtype = torch.float32):
     return oracle.instructblip(c, seed).to(dtype)
-
-
-def read_json(path: pathlib.Path) -> dict:
-    return json.loads(path.read_text())

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import pickle
 import shutil
 import signal
 import subprocess
@@ -258,26 +257,6 @@ def test_a_missing_shard_is_refused(hugging_face, tmp_path):
         import_checkpoint([there], tmp_path / "ours")
 
 
-class _Code:
-    def __init__(self, marker: pathlib.Path):
-        self.marker = marker
-
-    def __reduce__(self):
-        return (os.system, (f"touch {self.marker}",))
-
-
-def test_a_pickle_with_code_is_refused(lavis, tmp_path):
-    file, marker = tmp_path / "instruct_blip_vicuna7b_trimmed.pth", tmp_path / "marker"
-    torch.save({"model": {"query_tokens": torch.ones(1)}, "config": _Code(marker)}, file)
-    with pytest.raises(UserError, match="is refused: it holds more than tensors"):
-        import_checkpoint([lavis[0], file, lavis[2]], tmp_path / "ours")
-    plain = tmp_path / "plain.pth"
-    plain.write_bytes(pickle.dumps({"model": _Code(marker)}))
-    with pytest.raises(UserError, match=r"plain\.pth is (refused|damaged)"):
-        import_checkpoint([lavis[0], plain, lavis[2]], tmp_path / "ours")
-    assert not marker.exists()
-
-
 def test_an_existing_destination_needs_force(hugging_face, tmp_path):
     (tmp_path / "ours").mkdir()
     (tmp_path / "ours" / "precious").write_text("1")
@@ -302,10 +281,12 @@ def test_what_is_not_a_checkpoint_is_named(hugging_face, lavis, tmp_path):
 
 
 def command(*arguments, program=("-m", "adacm2_jax.port")) -> subprocess.Popen:
+    environment = process_environment()
+    environment.pop("JAX_PLATFORMS", None)  # a TPU that is not there is not to be looked for
     return subprocess.Popen(
         [sys.executable, *program, *map(str, arguments)],
         cwd=ROOT,
-        env=process_environment(),
+        env=environment,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -362,15 +343,14 @@ sys.exit(port.main(sys.argv[1:]))
 def test_an_interrupted_conversion_leaves_no_checkpoint(number, hugging_face, tmp_path):
     arguments = ("import", "--src", hugging_face, "--dst", tmp_path / "ours")
     process = command(*arguments, program=("-c", SLOW_DISK))
-    partial = tmp_path / ".ours.partial"
-    while process.poll() is None and not partial.exists():
+    while process.poll() is None and not list(tmp_path.glob(".ours.partial-*")):
         time.sleep(0.005)
     process.send_signal(number)
     process.communicate()
     assert process.returncode == {signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}[number]
     assert not (tmp_path / "ours").exists()
     if number == signal.SIGTERM:
-        assert not partial.exists()
+        assert not list(tmp_path.iterdir())
     import_checkpoint([hugging_face], tmp_path / "ours")
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
@@ -381,7 +361,7 @@ def test_an_interrupted_conversion_leaves_no_checkpoint(number, hugging_face, tm
 def test_import_and_verify(hugging_face, tmp_path):
     process = command("import", "--src", hugging_face, "--dst", tmp_path / "ours", "--verify")
     output, errors = process.communicate()
-    assert process.returncode == 0, errors
+    assert process.returncode == 0 and errors == ""
     assert "fingerprint" in output and output.strip().endswith("verified")
     for line in ("vision block", "Q-Former layer cross-attention", "LLM logits"):
         assert line in output
