@@ -17,9 +17,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from adacm2_jax.commands.ask import print_replies, write_replies
-from adacm2_jax.commands.evaluate import check_questions, check_writable, evaluate
+from adacm2_jax.commands.evaluate import check_questions, evaluate
 from adacm2_jax.distributed import is_main, main_first
 from adacm2_jax.errors import UserError, check_text
+from adacm2_jax.files import check_writable
 from adacm2_jax.inference.evaluate import table
 from adacm2_jax.inference.processor import Processor
 from adacm2_jax.runs import app, experiment
@@ -66,7 +67,7 @@ def main() -> int:
     check_questions(config, processor, source)
     warn_of_missing(source, "videos")
     if is_main():
-        check_writable(output)
+        check_writable(output, f"--output={output}")
     answerer = make_answerer(config, load_params(config, weights), processor)
     results = evaluate(config, answerer, source, output)
     if is_main():
@@ -83,7 +84,7 @@ def ask(config, weights: str, processor: Processor, output: str) -> int:
     model = video_model(config, lambda: load_params(config, weights), processor)
     model.check(args.video, sampling=sampling)
     if is_main():
-        check_writable(output)
+        check_writable(output, f"--output={output}")
     replies = model.ask(args.video, args.question, sampling=sampling)
     if is_main():
         write_replies(replies, output)

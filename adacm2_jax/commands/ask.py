@@ -8,8 +8,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from adacm2_jax.commands.evaluate import check_writable
-from adacm2_jax.files import keep_earlier, write_text
+from adacm2_jax.files import check_writable, keep_earlier, write_text
 from adacm2_jax.inference.model import CAPTION, Choice, Reply, VideoModel
 from adacm2_jax.runs.load import load
 from adacm2_jax.video.sampling import ONE_A_SECOND, Sampling
@@ -18,7 +17,7 @@ from adacm2_jax.video.sampling import ONE_A_SECOND, Sampling
 def ask(args: argparse.Namespace) -> int:
     """``adacm2 ask CLIP --model RUN --question …``."""
     if args.output:
-        check_writable(args.output)
+        check_writable(args.output, f"--output {args.output}")
     replies = _model(args).ask(args.video, args.question, **_reading(args))
     _show(replies, args)
     return 0
@@ -27,7 +26,7 @@ def ask(args: argparse.Namespace) -> int:
 def caption(args: argparse.Namespace) -> int:
     """``adacm2 caption CLIP --model RUN``."""
     if args.output:
-        check_writable(args.output)
+        check_writable(args.output, f"--output {args.output}")
     _show([_model(args).caption(args.video, args.prompt or CAPTION, **_reading(args))], args)
     return 0
 
@@ -65,6 +64,7 @@ def evidence(reply: Reply) -> str:
 def write_replies(replies: Sequence[Reply], output: str | os.PathLike) -> None:
     """Writes ``predictions.jsonl``; one that is there gets a number."""
     path = pathlib.Path(output) / "predictions.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
     keep_earlier(path)
     write_text(path, "".join(json.dumps(reply_line(reply)) + "\n" for reply in replies))
 

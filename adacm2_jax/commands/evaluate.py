@@ -10,7 +10,7 @@ from typing import Any
 
 from adacm2_jax.distributed import is_main
 from adacm2_jax.errors import UserError
-from adacm2_jax.files import keep_earlier, write_json
+from adacm2_jax.files import check_writable, keep_earlier, write_json
 from adacm2_jax.inference.answerer import Answerer
 from adacm2_jax.inference.evaluate import answer_batches, summarise
 from adacm2_jax.inference.processor import Processor
@@ -47,7 +47,8 @@ def evaluate(
     failed: list[dict] = []
     partial = output / "predictions.partial.jsonl"
     if is_main():
-        check_writable(output)
+        check_writable(output, f"results go to {output}")
+        output.mkdir(parents=True, exist_ok=True)
         partial.unlink(missing_ok=True)
 
     def write(lines: Sequence[dict]) -> None:
@@ -93,25 +94,6 @@ def evaluate(
         partial.replace(output / "predictions.jsonl")
         write_json(output / "metrics.json", results)
     return results
-
-
-def check_writable(directory: str | os.PathLike) -> None:
-    """Makes a directory, unless it is there, and tries to write into it.
-
-    Raises:
-      UserError: if that cannot be done, before anything is computed.
-    """
-    directory = pathlib.Path(directory)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        attempt = directory / f".write.{os.getpid()}"
-        attempt.touch()
-        attempt.unlink()
-    except OSError as error:
-        raise UserError(
-            f"{directory} cannot be written to ({error.strerror}): name another directory, or "
-            "change its permissions"
-        ) from None
 
 
 def check_questions(experiment: Experiment, processor: Processor, source: Sequence[Any]) -> None:

@@ -17,11 +17,10 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from adacm2_jax.commands.evaluate import check_writable
 from adacm2_jax.commands.prepare_worker import Job, Worker, load_vision
 from adacm2_jax.distributed import is_main, main_first, wait_for_all
 from adacm2_jax.errors import UserError
-from adacm2_jax.files import remove_abandoned
+from adacm2_jax.files import check_writable, remove_abandoned
 from adacm2_jax.inference.encoder import describe_vision
 from adacm2_jax.progress import Progress
 from adacm2_jax.runs import app
@@ -179,7 +178,7 @@ def _main() -> None:
     config = experiments.read(args.config)
     job, manifest = plan(config, args.split, output, args.dtype, args.shards, args.rows)
     if is_main():
-        check_writable(output)
+        check_writable(output, f"--output={output}")
     if args.runner == "local":
         manifest = run_local(job, manifest, config.data.workers)
     else:

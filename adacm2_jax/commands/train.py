@@ -9,9 +9,10 @@ from typing import Any, NoReturn
 
 from jax.sharding import Mesh
 
-from adacm2_jax.commands.evaluate import check_questions, check_writable, evaluate
+from adacm2_jax.commands.evaluate import check_questions, evaluate
 from adacm2_jax.distributed import Preemption, connect, is_main, main_first, wait_for_all
 from adacm2_jax.errors import UserError
+from adacm2_jax.files import check_writable
 from adacm2_jax.inference.encoder import describe_vision
 from adacm2_jax.inference.processor import LLM_DIR, Processor, train_tokenizers
 from adacm2_jax.models.params import abstract_params, fresh_params, join_params, split_params
@@ -80,7 +81,8 @@ def train_and_evaluate(
     # --- The data and the tokenizers -------------------------------------------------------------
     source = main_first(lambda: open_source(config.data, "train"))
     tested = main_first(lambda: open_source(config.data, config.eval.split))
-    check_writable(root)
+    check_writable(root, f"--workdir={root}")
+    root.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as opened:
         opened.enter_context(locked(root))
         processor = main_first(lambda: _processor(config, source, root, resumed))

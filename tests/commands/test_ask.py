@@ -146,7 +146,7 @@ def test_labels_on_the_command_line(small_run, clip, capsys):
         (["--fps", "0"], ["sampling.fps=0"]),
         (["--start", "99"], ["clip.mp4", "start=99"]),
         (["--policy", "best"], ["best", "adacm2"]),
-        (["--output", "{clip}"], ["clip.mp4", "cannot be written"]),
+        (["--output", "{clip}"], ["clip.mp4", "nothing can be written"]),
     ],
 )
 def test_wrong_flags_are_one_line(small_run, clip, capsys, given, words):
