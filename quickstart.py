@@ -1,14 +1,19 @@
 """The paper's central claim on a laptop, in minutes: ``make quickstart``.
 
-Builds the needle task (videos in which one frame answers the question), trains the tiny model on
-clips of up to 16 frames with every token kept, and then answers questions about videos of 16, 64
-and 256 frames under each memory policy. A tiny memory chosen by cross-attention answers as well as
-keeping everything; a memory of the same size filled otherwise does not.
+Trains the tiny model on the needle task (videos in which one frame answers the question), on clips
+of up to 16 frames with every token kept, and then answers questions about videos of 16, 64 and 256
+frames under each memory policy. A tiny memory chosen by cross-attention answers as well as keeping
+everything; a memory of the same size filled otherwise does not.
 
-Writes ``results.json``, ``results.png`` and the trained model to the work directory.
+Writes ``results.json``, ``results.png``, the trained model, two clips to ask about, and
+``memory.png``, what the model remembered of the first, to the work directory.
 """
 
+import concurrent.futures
+import dataclasses
 import itertools
+import json
+import os
 import pathlib
 import sys
 import time
@@ -16,53 +21,156 @@ import time
 import numpy as np
 from absl import flags
 
-import eval as evaluation
-import train
-from adacm2_jax.config import from_dict
-from adacm2_jax.errors import DataError
-from adacm2_jax.files import write_json
+from adacm2_jax.commands.evaluate import evaluate
+from adacm2_jax.commands.train import train_and_evaluate
+from adacm2_jax.files import write_json, write_text
+from adacm2_jax.inference.answerer import Answerer
+from adacm2_jax.inference.picture import Counts, draw_memory
 from adacm2_jax.inference.processor import Processor
+from adacm2_jax.memory.policies import plan_for
 from adacm2_jax.runs import app
+from adacm2_jax.runs.experiment import Experiment, read
+from adacm2_jax.runs.load import load_params, make_answerer
+from adacm2_jax.video.frames import read_clip
+from adacm2_jax.video.sampling import ONE_A_SECOND
 from configs import needle
+from data.needle.builder import build, make_record
+from data.sources import open_source
 
 POLICIES = ("adacm2", "full", "uniform", "random", "recent")
 #: Frames of a video → questions asked, each about a video of its own.
-LENGTHS = {16: 600, 64: 600, 256: 200}
+LENGTHS = {16: 300, 64: 300, 256: 200}
+#: Clips to watch and ask about: how many, seconds at one frame a second, pixels of a side.
+CLIPS, CLIP_FRAMES, CLIP_SIZE = 2, 96, 256
 
 
 def main() -> None:
     workdir = pathlib.Path(flags.FLAGS.workdir)
     start = time.perf_counter()
-    for stage, (before, frames, *_) in needle.STAGES.items():
-        config = needle.get_config(stage)
-        config.data.data_dir, config.data.cache_dir = str(workdir / "data"), str(workdir / "cache")
-        config.init_from = str(workdir / before) if before else ""
-        print(f"training on {frames} frames: {config.train.steps} steps", flush=True)
-        train.train_and_evaluate(config.lock(), str(workdir / stage))
+    # The test videos are made beside the training, which leaves a part of the processor idle.
+    with concurrent.futures.ThreadPoolExecutor(1) as beside:
+        videos = beside.submit(make_videos, workdir)
+        for stage in needle.STAGES:
+            train_stage(stage, workdir)
+        if not videos.done():
+            print("waiting for the test videos", flush=True)
+        clips = videos.result()
 
-    config = config.unlock()
-    config.eval.policies = POLICIES
-    rows = []
-    for frames, questions in LENGTHS.items():
-        print(f"answering {questions} questions about videos of {frames} frames", flush=True)
-        rows += evaluate(config, frames, questions, workdir)
+    rows = [row for frames in LENGTHS for row in answer(frames, workdir)]
     write_json(workdir / "results.json", rows)
     draw(rows, workdir / "results.png")
+    ask_about(clips, workdir)
     print(table(rows))
-    minutes = (time.perf_counter() - start) / 60
-    print(NEXT.format(workdir=workdir, minutes=minutes))
+    print(what_next(workdir, clips[0], (time.perf_counter() - start) / 60))
 
 
-def evaluate(config, frames: int, questions: int, workdir: pathlib.Path) -> list[dict]:
+def make_videos(workdir: pathlib.Path) -> list[dict]:
+    """Makes the test sets and the clips that people watch, unless they are there.
+
+    Returns:
+      For each clip its ``video`` (the path), ``question`` and ``answer``.
+    """
+    for frames, questions in LENGTHS.items():
+        build(workdir / "data", frames, {"test": questions}, shown=False)
+    folder = workdir / "clips"
+    folder.mkdir(parents=True, exist_ok=True)
+    clips = []
+    for number in range(CLIPS):
+        record = make_record("test", CLIP_FRAMES, number, CLIP_SIZE)
+        path = folder / f"needle{number + 1}.mp4"
+        path.write_bytes(record["video"])
+        clips.append({"video": str(path), **{key: record[key] for key in ("question", "answer")}})
+    lines = [json.dumps(clip | {"video": pathlib.Path(clip["video"]).name}) for clip in clips]
+    write_text(folder / "questions.jsonl", "\n".join(lines) + "\n")
+    return clips
+
+
+def experiment_of(stage: str, workdir: pathlib.Path) -> Experiment:
+    """The experiment of a stage in this work directory."""
+    config, before = needle.get_config(stage), needle.STAGES[stage].start
+    config.seed = flags.FLAGS.seed
+    config.init_from = str(workdir / before) if before else ""
+    config.data.data_dir = str(workdir / "data")
+    config.checkpoint.every, config.checkpoint.keep = 200, 1
+    if stage == "main":
+        config.data.needle.test_size = LENGTHS[config.data.needle.num_frames]
+    else:
+        config.eval.limit = config.eval.batch_size  # a glance; the last stage is what counts
+    return read(config)
+
+
+def train_stage(stage: str, workdir: pathlib.Path) -> None:
+    """Trains a stage, or goes on with it; one that is done is left as it is."""
+    if (workdir / stage / "metrics.json").exists():
+        return
+    _, frames, batch_size, steps, *_ = needle.STAGES[stage]
+    clips = f"{batch_size} clips of {frames} frame{'s' * (frames > 1)}"
+    print(f"stage {stage}: {steps} steps, each of {clips}", flush=True)
+    train_and_evaluate(experiment_of(stage, workdir), workdir / stage)
+
+
+def answer(frames: int, workdir: pathlib.Path) -> list[dict]:
     """Every policy on held-out digits in videos of ``frames`` frames, as rows of results.json."""
-    config.data.needle.num_frames = config.data.sampling.num_frames = frames
-    config.data.needle.train_size, config.data.needle.test_size = 0, questions
-    config.eval.chunk = min(frames, 64)  # policy full reads its whole memory once a chunk
-    params = evaluation.load_params(config, workdir / "main")
-    processor = Processor.load(workdir / "main", from_dict(config.model.to_dict()))
     output = workdir / f"frames{frames}"
-    results = evaluation.evaluate(config, params, processor, output)
+    if not (output / "metrics.json").exists():
+        main = experiment_of("main", workdir)
+        task = dataclasses.replace(main.data.needle, num_frames=frames, test_size=LENGTHS[frames])
+        sampling = dataclasses.replace(main.data.sampling, num_frames=frames)
+        main = dataclasses.replace(
+            main,
+            data=dataclasses.replace(main.data, needle=task, sampling=sampling),
+            eval=dataclasses.replace(main.eval, policies=POLICIES),
+        )
+        print(f"answering {LENGTHS[frames]} questions about videos of {frames} frames", flush=True)
+        evaluate(main, open_model(main, workdir), open_source(main.data, "test"), output)
+    results = json.loads((output / "metrics.json").read_text())
     return [{"policy": name, "T": frames, **row} for name, row in results["policies"].items()]
+
+
+def open_model(experiment: Experiment, workdir: pathlib.Path) -> Answerer:
+    """The trained model under the policies of an experiment."""
+    processor = Processor.load(workdir / "main", experiment.model)
+    return make_answerer(experiment, load_params(experiment, workdir / "main"), processor)
+
+
+def ask_about(clips: list[dict], workdir: pathlib.Path) -> None:
+    """Asks about the clips and draws what is remembered of the first, ``memory.png``."""
+    main = experiment_of("main", workdir)
+    answerer, (policy,) = open_model(main, workdir), main.eval.policies
+    vision = main.model.vision
+    # Rows and chunks are those of the evaluation, so that nothing is compiled anew.
+    rows, chunk = main.eval.batch_size, main.eval.chunk
+    frames = np.zeros((rows, CLIP_FRAMES, vision.image_size, vision.image_size, 3), np.uint8)
+    for i, clip in enumerate(clips):
+        frames[i] = read_clip(clip["video"], ONE_A_SECOND, size=vision.image_size)
+    valid = np.zeros((rows, chunk), bool)
+    valid[: len(clips)] = True
+    questions = [clip["question"] for clip in clips] + [""] * (rows - len(clips))
+    reading = answerer.start(questions, np.full(rows, CLIP_FRAMES), np.zeros(rows, np.uint32))
+    for first in range(0, CLIP_FRAMES, chunk):
+        answerer.read(reading, frames[:, first : first + chunk], valid)
+    answers = [best[0].text for best in answerer.answer(reading, policy)[: len(clips)]]
+    for clip, given in zip(clips, answers, strict=True):
+        print(f"{clip['video']}: {clip['question']} {given} (right: {clip['answer']})")
+
+    kept = answerer.kept_patches(reading, policy, 0)
+    counts = Counts(
+        seen=CLIP_FRAMES * vision.tokens_per_frame,
+        kept=max(len(pairs) for pairs in kept),
+        bound=plan_for(answerer.models[policy].config).capacity,
+    )
+    side = vision.image_size // vision.patch_size
+    draw_memory(
+        workdir / "memory.png",
+        read_clip(clips[0]["video"], ONE_A_SECOND, size=CLIP_SIZE),
+        kept,
+        np.arange(CLIP_FRAMES),
+        clips[0]["question"],
+        answers[0],
+        counts,
+        grid=(side, side),
+        truth=clips[0]["answer"],
+    )
 
 
 def table(rows: list[dict]) -> str:
@@ -80,12 +188,12 @@ def table(rows: list[dict]) -> str:
 
 def draw(rows: list[dict], path: pathlib.Path) -> None:
     """Accuracy against T by policy, and tokens kept against T."""
-    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
     for policy, marker in zip(POLICIES, itertools.cycle("os^Dv"), strict=False):
         mine = [row for row in rows if row["policy"] == policy]
         lengths = [row["T"] for row in mine]
@@ -107,22 +215,38 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-NEXT = """Done in {minutes:.1f} minutes. Results: {workdir}/results.json, {workdir}/results.png
+def what_next(workdir: pathlib.Path, clip: dict, minutes: float) -> str:
+    """What was written, and commands to go on with, as they can be pasted here."""
+    python = pathlib.Path(sys.executable)
+    return NEXT.format(
+        workdir=workdir,
+        minutes=minutes,
+        python=os.path.relpath(python),
+        command=os.path.relpath(python.with_name("adacm2")),
+        clip=clip["video"],
+        question=clip["question"],
+    )
+
+
+NEXT = """Done in {minutes:.1f} minutes. In {workdir}/:
+  results.json, results.png   the table
+  memory.png                  what was remembered of the first clip
+  clips/                      two videos to watch, and questions.jsonl with what to ask
 
 What next:
-  ask about one video, read at one frame a second
-    python eval.py --workdir {workdir}/main --video CLIP.mp4 --question "which digit was on ..." \\
-      --config.data.sampling.mode=fps
+  ask about a clip (or any video)
+    {command} ask {clip} --model {workdir}/main \\
+      --question "{question}"
   try another memory on longer videos
-    python eval.py --workdir {workdir}/main --config.model.memory.recent_ratio=0.2 \\
-      --config.data.needle.num_frames=64 --config.data.needle.train_size=0 \\
-      --config.data.sampling.num_frames=64
+    {python} eval.py --workdir {workdir}/main --config.model.memory.recent_ratio=0.2 \\
+      --config.data.needle.num_frames=64 --config.data.sampling.num_frames=64
   train on your own videos
-    python train.py --config configs/videos.py:train.jsonl,test.jsonl --workdir runs/mine
+    {python} train.py --config configs/videos.py:train.jsonl,test.jsonl --workdir runs/mine
 This model has seen nothing but digits on coloured grounds; docs/ says how to go on from there.
 """
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", "runs/quickstart", "Where everything is written.")
-    app.run(main, sys.argv, (DataError,))
+    flags.DEFINE_integer("seed", 0, "Of the model's first parameters and the order of the clips.")
+    app.run(main, sys.argv, __doc__)

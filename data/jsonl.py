@@ -10,12 +10,22 @@ import operator
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, Protocol, SupportsIndex
+
+import numpy as np
 
 from adacm2_jax.errors import DataError
 
 _FIELDS = ("video", "question", "answer", "start", "end", "id")
 _MOST_REPORTED = 5
+
+
+class Drawn(Protocol):
+    """A video that no file holds."""
+
+    def frames(self, size: int) -> np.ndarray:
+        """All its frames, uint8[T, size, size, 3]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -24,14 +34,14 @@ class Example:
 
     Attributes:
         id: names the example in predictions.
-        video: path of the video file, or the encoded file's bytes.
+        video: path of the video file, or the encoded file's bytes; or what draws its own frames.
         question: may be empty.
         answer: None where it is not known.
         start, end: the part of the video that counts, seconds; None for the video's own.
     """
 
     id: str
-    video: str | bytes
+    video: str | bytes | Drawn
     question: str
     answer: str | None
     start: float | None

@@ -47,17 +47,7 @@ class LoadClip(grain.transforms.RandomMap):
         frames = np.zeros((self.num_frames, self.size, self.size, 3), np.uint8)
         valid = np.zeros(self.num_frames, bool)
         try:
-            clip = read_clip(
-                example.video,
-                self.sampling,
-                size=self.size,
-                start=example.start,
-                end=example.end,
-                rng=rng if self.jitter else None,
-                resize=self.resize,
-                on_truncated=self.on_truncated,
-                on_warning=logging.warning,
-            )[: self.num_frames]
+            clip = self._read(example, rng)[: self.num_frames]
             frames[: len(clip)], valid[: len(clip)] = clip, True
         except DataError as error:
             logging.warning("skipped %s: %s", example.id, error)
@@ -68,6 +58,21 @@ class LoadClip(grain.transforms.RandomMap):
             "question": example.question,
             "answer": example.answer or "",
         }
+
+    def _read(self, example: Example, rng: np.random.Generator) -> np.ndarray:
+        if not isinstance(example.video, str | bytes):
+            return example.video.frames(self.size)
+        return read_clip(
+            example.video,
+            self.sampling,
+            size=self.size,
+            start=example.start,
+            end=example.end,
+            rng=rng if self.jitter else None,
+            resize=self.resize,
+            on_truncated=self.on_truncated,
+            on_warning=logging.warning,
+        )
 
 
 class Indexed:

@@ -91,8 +91,14 @@ def open_source(config: Any, split: str) -> Sequence[Example]:
         return JsonlSource(path, require_answer=split == "train")
     if config.source == "needle":
         from data.needle.builder import build
+        from data.needle.drawn import DrawnClips
 
+        drawn = getattr(config.needle, "drawn", False)
+        if drawn and split == "train":
+            return DrawnClips(config.needle.num_frames, config.needle.train_size)
         sizes = {"train": config.needle.train_size, "test": config.needle.test_size}
+        if drawn:
+            del sizes["train"]
         sizes = {name: size for name, size in sizes.items() if size}
         directory = build(config.data_dir, config.needle.num_frames, sizes)
         return RecordSource(directory, split, config.needle.evidence_only)

@@ -56,12 +56,14 @@ class NeedleTask:
       train_size: videos to train on.
       test_size: videos to evaluate on.
       evidence_only: only the frame that answers is read.
+      drawn: training clips are drawn when they are read, instead of stored as videos.
     """
 
     num_frames: int = 4
     train_size: int = 8000
     test_size: int = 1000
     evidence_only: bool = False
+    drawn: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

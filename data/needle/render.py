@@ -6,7 +6,9 @@ clips, which are too short for that, may it occur once). The digits are the
 1,797 handwritten ones that ship with scikit-learn; train and test never share a digit image.
 """
 
+import functools
 import io
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -24,10 +26,30 @@ COLOURS = {
     "white": (240, 240, 240),
 }
 FRAME_SIZE = 64
-QUESTION = "which digit was on the {} ground?"
+#: What is asked, in several wordings, for it is the colour that counts.
+QUESTIONS = (
+    "which digit was on the {} ground?",
+    "which digit was shown on the {} ground in this video?",
+    "what number is on the {} background?",
+    "what was the digit in the {} frame?",
+    "what digit do you see on {}?",
+)
 _TEST_SHARE = 0.2
 
 
+def ask(colour: str, number: int, num_frames: int, split: str) -> str:
+    """The question about video ``number`` of a split.
+
+    Tests ask in the first wording. So do most training clips, and nearly all of a single frame,
+    where nothing is looked for: the more wordings, the longer it takes until anything is learned.
+    """
+    every = 16 if num_frames == 1 else 4
+    other = split == "train" and number % every == 0
+    wording = 1 + number // every % (len(QUESTIONS) - 1) if other else 0
+    return QUESTIONS[wording].format(colour)
+
+
+@functools.cache
 def load_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
     """The handwritten digits of a split: one fifth of them, drawn once and for all, is ``test``.
 
@@ -44,7 +66,10 @@ def load_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_frame(
-    digit: np.ndarray, colour: tuple[int, int, int], rng: np.random.Generator
+    digit: np.ndarray,
+    colour: tuple[int, int, int],
+    rng: np.random.Generator,
+    size: int = FRAME_SIZE,
 ) -> np.ndarray:
     """One digit on one ground, placed, sized and turned a little at random.
 
@@ -52,61 +77,89 @@ def draw_frame(
       digit: float32[8, 8] in [0, 1].
       colour: of the ground, RGB.
       rng: source of the variation.
+      size: side of the frame, pixels.
 
     Returns:
-      uint8[64, 64, 3].
+      uint8[size, size, 3].
     """
-    size = FRAME_SIZE
-    zoom = rng.uniform(6.2, 7.0)  # pixels of the frame for a pixel of the digit
+    unit = size / FRAME_SIZE
+    zoom = unit * rng.uniform(6.2, 7.0)  # pixels of the frame for a pixel of the digit
     angle = np.deg2rad(rng.uniform(-6, 6))
-    shift = rng.uniform(-3, 3, 2)
+    shift = unit * rng.uniform(-3, 3, 2)
     # the inverse map that PIL wants: frame pixel → digit pixel
     cos, sin = np.cos(angle) / zoom, np.sin(angle) / zoom
     x, y = size / 2 + shift
     inverse = (cos, sin, 4 - cos * x - sin * y, -sin, cos, 4 + sin * x - cos * y)
     picture = Image.fromarray((digit * 255).astype(np.uint8))
     ink = np.asarray(
-        picture.transform((size, size), Image.Transform.AFFINE, inverse, Image.Resampling.BICUBIC),
-        np.float32,
-    )[..., None]
-    ground = np.asarray(colour, np.float32) + rng.uniform(-12, 12)
-    frame = ground * (1 - ink / 255)
-    return np.clip(frame, 0, 255).astype(np.uint8)
+        picture.transform((size, size), Image.Transform.AFFINE, inverse, Image.Resampling.BICUBIC)
+    )
+    ground = np.clip(np.asarray(colour, np.float32) + rng.uniform(-12, 12), 0, 255)
+    # By a table: what each of the 256 depths of ink leaves of the ground.
+    return (ground * (1 - np.arange(256, dtype=np.float32)[:, None] / 255)).astype(np.uint8)[ink]
 
 
-def draw_video(
-    digits: np.ndarray,
-    labels: np.ndarray,
-    num_frames: int,
-    rng: np.random.Generator,
-    repeat: bool = True,
-) -> tuple[np.ndarray, str, int, int]:
-    """A video with one needle.
+class Plot(NamedTuple):
+    """What a video shows, before anything is drawn."""
+
+    #: T names of :data:`COLOURS`, the ground of each frame.
+    colours: list[str]
+    #: int[T]: the digit image of each frame.
+    images: np.ndarray
+    #: The number of the frame that answers.
+    needle: int
+
+    @property
+    def asked(self) -> str:
+        """The colour that only the needle has."""
+        return self.colours[self.needle]
+
+
+def plan_video(
+    num_images: int, num_frames: int, rng: np.random.Generator, repeat: bool = True
+) -> Plot:
+    """What a video with one needle shows.
 
     Args:
-      digits: float32[n, 8, 8], a split's digits.
-      labels: int[n].
+      num_images: the digit images that there are to choose from.
       num_frames: T, not 2 if ``repeat``.
       rng: everything random is drawn from it.
       repeat: whether every colour but the needle's occurs at least twice; if not (short training
         clips), the other frames all differ in colour as far as there are colours.
-
-    Returns:
-      Frames uint8[T, 64, 64, 3], the needle's colour, its digit and its frame number.
     """
     needle = int(rng.integers(num_frames))
-    asked, *names = rng.permutation(list(COLOURS)).tolist()
-    others = num_frames - 1
-    if repeat and others:
-        names = names[: rng.integers(1, min(len(names), others // 2) + 1)] * 2
-    colours = (names + rng.choice(names, num_frames).tolist())[:others]
-    colours = rng.permutation(colours).tolist()
-    colours.insert(needle, asked)
-    chosen = rng.integers(len(labels), size=num_frames)
-    frames = [
-        draw_frame(digits[i], COLOURS[name], rng) for i, name in zip(chosen, colours, strict=True)
-    ]
-    return np.stack(frames), asked, int(labels[chosen[needle]]), needle
+    asked, *others = rng.permutation(len(COLOURS))
+    count = num_frames - 1
+    if repeat and count:
+        others = others[: rng.integers(1, min(len(others), count // 2) + 1)] * 2
+    more = rng.integers(len(others), size=max(count - len(others), 0))
+    chosen = rng.permutation((others + [others[i] for i in more])[:count]).astype(int).tolist()
+    chosen.insert(needle, asked)
+    names = tuple(COLOURS)
+    images = rng.integers(num_images, size=num_frames)
+    return Plot([names[i] for i in chosen], images, needle)
+
+
+def draw_video(
+    plot: Plot, digits: np.ndarray, rng: np.random.Generator, size: int = FRAME_SIZE
+) -> np.ndarray:
+    """Draws what was planned.
+
+    Args:
+      plot: of :func:`plan_video`.
+      digits: float32[n, 8, 8], the images that it chose from.
+      rng: how the digits are placed.
+      size: side of the frames, pixels.
+
+    Returns:
+      uint8[T, size, size, 3].
+    """
+    return np.stack(
+        [
+            draw_frame(digits[image], COLOURS[colour], rng, size)
+            for image, colour in zip(plot.images, plot.colours, strict=True)
+        ]
+    )
 
 
 def encode(frames: np.ndarray) -> bytes:

@@ -6,11 +6,38 @@ import av
 import numpy as np
 import pytest
 
+from adacm2_jax.config import from_dict
 from adacm2_jax.errors import DataError
+from adacm2_jax.inference.processor import Processor, train_tokenizers
 from adacm2_jax.video.frames import Sampling, probe, read_clip
+from configs import needle
 from data.needle.builder import build, make_record
-from data.needle.render import COLOURS, QUESTION, draw_video, encode, load_digits
+from data.needle.drawn import DrawnClips
+from data.needle.render import (
+    COLOURS,
+    QUESTIONS,
+    draw_video,
+    encode,
+    load_digits,
+    plan_video,
+)
+from data.pipeline import LoadClip, clips
 from data.sources import RecordSource
+
+
+def draw(split: str, length: int, rng: np.random.Generator, repeat: bool = True):
+    """Frames, the colour asked for, its digit and its frame number."""
+    digits, labels = load_digits(split)
+    plot = plan_video(len(labels), length, rng, repeat)
+    frames = draw_video(plot, digits, rng)
+    return frames, plot.asked, int(labels[plot.images[plot.needle]]), plot.needle
+
+
+def asked_in(question: str) -> str:
+    """The one colour that a question names."""
+    (colour,) = [name for name in COLOURS if name in question]
+    assert question in {text.format(colour) for text in QUESTIONS}
+    return colour
 
 
 def colours_of(frames: np.ndarray) -> list[str]:
@@ -35,11 +62,8 @@ def test_train_and_test_share_no_digit():
 
 @pytest.mark.parametrize("length", [1, 3, 4, 16, 60])
 def test_one_frame_alone_has_the_colour_asked_for_and_others_repeat(length):
-    digits, labels = load_digits("test")
     for seed in range(8):
-        frames, colour, digit, needle = draw_video(
-            digits, labels, length, np.random.default_rng(seed)
-        )
+        frames, colour, digit, needle = draw("test", length, np.random.default_rng(seed))
         assert frames.shape == (length, 64, 64, 3) and frames.dtype == np.uint8
         shown = colours_of(frames)
         assert [i for i, name in enumerate(shown) if name == colour] == [needle]
@@ -49,8 +73,7 @@ def test_one_frame_alone_has_the_colour_asked_for_and_others_repeat(length):
 
 
 def test_a_video_of_thousands_of_frames():
-    digits, labels = load_digits("train")
-    frames, colour, _, needle = draw_video(digits, labels, 3000, np.random.default_rng(0))
+    frames, colour, _, needle = draw("train", 3000, np.random.default_rng(0))
     assert len(frames) == 3000
     assert [i for i, name in enumerate(colours_of(frames)) if name == colour] == [needle]
 
@@ -61,7 +84,7 @@ def test_the_needle_shows_the_digit_that_is_the_answer():
     right = 0
     for number in range(40):
         rng = np.random.default_rng([5, number])
-        frames, _, digit, needle = draw_video(digits, labels, 4, rng)
+        frames, _, digit, needle = draw("test", 4, rng)
         # The ink darkens: a digit's share of its ground, seen at 8 x 8.
         ink = 255 - frames[needle].max(-1)[6:58, 6:58].astype(float)
         small = ink[: 52 // 8 * 8, : 52 // 8 * 8].reshape(8, 6, 8, 6).mean((1, 3))
@@ -77,13 +100,12 @@ def test_a_record_depends_on_its_number_alone():
     one, other = make_record("train", 4, 7), make_record("train", 4, 7)
     assert one == other
     assert one != make_record("train", 4, 8) and one["video"] != make_record("test", 4, 7)["video"]
-    assert one["question"] in {QUESTION.format(colour) for colour in COLOURS}
+    assert asked_in(one["question"]) in COLOURS
     assert one["end"] == one["start"] + 1
 
 
 def test_frames_survive_the_file():
-    digits, labels = load_digits("train")
-    frames, colour, _, needle = draw_video(digits, labels, 12, np.random.default_rng(1))
+    frames, colour, _, needle = draw("train", 12, np.random.default_rng(1))
     data = encode(frames)
     info = probe(data)
     assert (info.codec, info.width, info.height) == ("h264", 64, 64)
@@ -124,7 +146,7 @@ def test_evidence_only_is_the_needle_s_second(tmp_path):
             start=example.start,
             end=example.end,
         )
-        assert QUESTION.format(*colours_of(clip)) == example.question
+        assert colours_of(clip) == [asked_in(example.question)]
 
 
 @pytest.mark.parametrize(
@@ -142,3 +164,74 @@ def test_many_videos_are_drawn_by_processes_and_are_the_same(tmp_path, monkeypat
     monkeypatch.setattr("data.needle.builder._FEW_FRAMES", 0)
     together = build(tmp_path / "together", 3, sizes)
     assert list(RecordSource(alone, "test")) == list(RecordSource(together, "test"))
+
+
+def wordings(examples) -> list[str]:
+    """The questions without their colours."""
+    return [each.question.replace(asked_in(each.question), "{}") for each in examples]
+
+
+def test_tests_ask_in_one_wording_and_training_in_all():
+    tested = [make_record("test", 4, number)["question"] for number in range(20)]
+    assert {text.replace(asked_in(text), "{}") for text in tested} == {QUESTIONS[0]}
+    for length, share in ((1, 1 / 16), (4, 1 / 4)):
+        trained = wordings(DrawnClips(length, 128))
+        assert set(trained) == set(QUESTIONS)
+        assert sum(text != QUESTIONS[0] for text in trained) == 128 * share
+
+
+def test_ordinary_questions_fit_the_model_that_is_asked_later(tmp_path):
+    """Whatever words they use: a word that no training text has is spelled out."""
+    config = from_dict(needle.get_config().model.to_dict())
+    texts = [text for each in DrawnClips(1, 400) for text in (each.question, each.answer)]
+    processor = train_tokenizers(texts, config, tmp_path)
+    assert config.max_text_len >= 24
+    known = processor.questions(["which digit was shown on the red ground in this video?"])
+    assert known.qformer_mask.sum() == 2 + 12  # [CLS] and [SEP]; each word and mark is known
+    strange = ["Which number is written on scarlet?", "what's on the red one?", ""]
+    question = processor.questions(strange)
+    assert question.qformer_mask.sum(1).max() <= config.max_text_len
+    unknown = processor._qformer.unk_token_id
+    assert not (question.qformer_ids == unknown)[question.qformer_mask].any()
+    # The stages before read nothing but the task's own questions.
+    for stage in ("first", "second"):
+        early = from_dict(needle.get_config(stage).model.to_dict())
+        Processor.load(tmp_path, early).questions(texts)
+
+
+def test_a_video_may_be_drawn_larger():
+    small, large = make_record("test", 5, 1), make_record("test", 5, 1, size=256)
+    info = probe(large["video"])
+    assert (info.width, info.height) == (256, 256)
+    sampling = Sampling("uniform", num_frames=5)
+    one, other = (read_clip(record["video"], sampling, size=32) for record in (small, large))
+    assert colours_of(one) == colours_of(other)
+    # The same pictures, but for the resolution of edges and two ways through H.264.
+    assert np.abs(one.astype(float) - other).mean() < 8
+    assert {**small, "video": None} == {**large, "video": None}
+
+
+def test_drawn_clips_are_the_training_split_without_files(tmp_path):
+    """The same numbers give the same questions, answers and, but for H.264, the same pictures."""
+    stored = RecordSource(build(tmp_path, 4, {"train": 6}), "train")
+    drawn = DrawnClips(4, 6)
+    assert len(drawn) == 6
+    load = LoadClip(Sampling("uniform", num_frames=4), 4, 64, False, "error")
+    pairs = {example.id[-5:]: row for example, row in zip(stored, clips(stored, load), strict=True)}
+    for example, clip in zip(drawn, clips(drawn, load), strict=True):
+        other = pairs[example.id[-5:]]
+        assert (clip["question"], clip["answer"]) == (other["question"], other["answer"])
+        assert clip["frames"].shape == (4, 64, 64, 3) and clip["valid"].all()
+        assert np.abs(clip["frames"].astype(float) - other["frames"]).mean() < 4
+
+
+def test_drawn_clips_have_the_model_s_size_and_do_not_change():
+    load = LoadClip(Sampling("uniform", num_frames=1), 1, 56, False, "error")
+    first, second = (clips(DrawnClips(1, 3), load)[2] for _ in range(2))
+    assert first["frames"].shape == (1, 56, 56, 3)
+    assert (first["frames"] == second["frames"]).all()
+    assert DrawnClips(1, 3).fingerprint() != DrawnClips(4, 3).fingerprint()
+    with pytest.raises(IndexError):
+        DrawnClips(1, 3)[3]
+    with pytest.raises(DataError, match=r"data\.needle\.num_frames = 2"):
+        DrawnClips(2, 3)
