@@ -1,13 +1,14 @@
 """LVU's classification tasks at full size: 100 frames of 100 seconds, one model a task.
 
 COMMAND: python train.py --config configs/lvu.py:WEIGHTS,train.jsonl,test.jsonl --workdir runs/lvu
-Expected: nobody has trained it yet. `python -m adacm2_jax.plan --config configs/lvu.py --topology
-v5e:4x4` tells what it needs; 189 of 7,914 million parameters learn.
+Expected: nobody has trained it yet. `adacm2 plan --config configs/lvu.py --topology v5e:4x4` tells
+what it needs; 189 of 7,914 million parameters learn.
 
 WEIGHTS is a converted checkpoint (docs/porting.md) or a directory of train.py. A line of JSON is a
 window of 100 s of a film (`start`, `end`), cut every 20 s; its question is "what is the genre of
 the movie?", with the name of the task, its answer the label. Twenty epochs of N windows are
-20 N / 64 steps: set `train.steps` to that, 93 for the shortest task.
+20 N / 64 steps: set `train.steps` to that, 93 for the shortest task. (To extend a run later, also
+give `optim.warmup_steps` the value that it has: it follows `train.steps`.)
 
 As in MA-LMM's scripts are the windows and their 100 frames, the question, AdamW at 1e-4 with weight
 decay 0.05, 64 windows a step, twenty epochs, and answers of at most four tokens by five beams.

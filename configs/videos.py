@@ -1,7 +1,7 @@
 """Your own videos: the tiny model, from nothing, on questions and answers in JSON lines.
 
 COMMAND: python train.py --config configs/videos.py:train.jsonl,test.jsonl --workdir runs/videos
-         python eval.py --workdir runs/videos --video clip.mp4 --question "what happens?"
+         adacm2 ask clip.mp4 --model runs/videos --question "what happens?"
 Expected: half a minute of compiling, then about a step a second on two cores. The tiny model knows
 nothing but what these files teach: with a few hundred clips and a few dozen different answers it
 learns what tells those apart. For open questions take configs/instructblip_vicuna_7b.py.

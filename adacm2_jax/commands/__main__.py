@@ -14,7 +14,7 @@ EPILOG = """examples:
   adacm2 ask clip.mp4 --model runs/quickstart/main --question "which digit was on the red ground?"
   adacm2 caption clip.mp4 --model weights
   adacm2 choose clip.mp4 --model weights --question "what happens?" --label cooking --label driving
-  adacm2 port --src instructblip-vicuna-7b --dst weights
+  adacm2 port import --src instructblip-vicuna-7b --dst weights
   adacm2 plan --config configs/lvu.py --topology v5e:4x4
 
 train, eval, prepare and plan work on experiments, which are in configs/ of a clone. Exit status: 0,

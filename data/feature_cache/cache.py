@@ -3,7 +3,7 @@
 A cache is a directory::
 
     manifest.json                             what it was made from, and what is in it
-    features-00003-of-00016.array_record      one shard, see feature_shards.py
+    features-00003-of-00016.array_record      one shard, see shards.py
 
 A *clip* is a video and the part of it that counts; examples that ask about the same clip share a
 record. What is missing can be computed at any time, anywhere, by anybody (``adacm2 prepare``).

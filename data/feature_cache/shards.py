@@ -243,7 +243,7 @@ def shard_figures(path: pathlib.Path, manifest: dict[str, Any], shard: int) -> d
 def damaged(path: object, error: Exception) -> DataError:
     """What to tell people of a file that cannot be read."""
     reason = str(error).strip().split(";")[0] or type(error).__name__
-    return DataError(f"{path} is damaged ({reason}); remove it and run prepare.py again")
+    return DataError(f"{path} is damaged ({reason}); remove it and run adacm2 prepare again")
 
 
 def numpy_dtype(dtype: str) -> np.dtype:
