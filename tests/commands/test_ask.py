@@ -74,7 +74,7 @@ def test_a_memory_that_holds_everything_names_no_moments(small_run, clip):
 
 
 def test_labels_are_ranked_by_likelihood(model, clip):
-    labels = ["1", "2", "red"]
+    labels = ["1", "2", "a"]
     choices = model.choose(clip, labels, QUESTION)
     assert {choice.label for choice in choices} == set(labels)
     scores = [choice.log_likelihood for choice in choices]

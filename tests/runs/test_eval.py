@@ -308,7 +308,7 @@ def test_a_truncated_video_says_how_far_it_got_and_can_be_used(small_run, tmp_pa
     text = capsys.readouterr().err
     assert "warning: " in text and "cut.mkv" in text and "are used" in text
     (row,) = predictions_in(tmp_path / "out")
-    assert row["frames"] in (1, 2, 3)
+    assert row["frames"] in range(8, 12)  # one a second of what is there
 
 
 def test_a_truncated_mp4_is_found_by_its_index(small_run, tmp_path, no_parameters, capsys):
