@@ -72,7 +72,8 @@ def write_replies(replies: Sequence[Reply], output: str | os.PathLike) -> None:
 def reply_line(reply: Reply) -> dict[str, Any]:
     """A reply as a line of ``predictions.jsonl``, with the fields that a split's lines have."""
     line = dataclasses.asdict(reply)
-    line = {"id": reply.video, **line, "prediction": line.pop("answer")}
+    # There ``answer`` is the right one, which nobody knows here.
+    line = {"id": reply.video, "prediction": line.pop("answer"), **line}
     if len(reply.n_best) < 2:
         del line["n_best"]
     return line

@@ -119,6 +119,7 @@ def test_the_command_answers_from_any_directory(small_run, clip, tmp_path):
     rows = [json.loads(line) for line in lines]
     assert [row["question"] for row in rows] == [QUESTION, "what?"]
     assert {"id", "prediction", "score", "moments", "kept_tokens", "policy"} <= set(rows[0])
+    assert "answer" not in rows[0]  # the right one, which nobody has given
 
 
 def test_json_is_a_line_an_answer_and_earlier_files_stay(small_run, clip, tmp_path, capsys):
