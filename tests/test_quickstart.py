@@ -73,12 +73,8 @@ def test_what_to_do_next_can_be_pasted(made):
     workdir, clips = made
     text = quickstart.what_next(workdir, clips[0], minutes=4.24)
     assert "Done in 4.2 minutes" in text
-    commands = [
-        shlex.split(block.split("\n    ")[1].replace("\\\n", " "))
-        for block in text.replace("\\\n     ", " ").split("\n  ")
-        if "\n    " in block
-    ]
-    ask = next(words for words in commands if "ask" in words)
+    lines = text.replace("\\\n", "").split("\n")
+    (ask,) = [shlex.split(line) for line in lines if " ask " in line and "--model" in line]
     assert pathlib.Path(ask[0]).name == "adacm2"
     parsed = parser().parse_args(ask[1:])
     assert pathlib.Path(parsed.video).samefile(clips[0]["video"])
