@@ -1,6 +1,7 @@
 """The errors that are meant for the person at the keyboard."""
 
 import re
+import unicodedata
 from collections.abc import Iterator
 
 
@@ -60,3 +61,19 @@ def reason(error: BaseException, limit: int = 120) -> str:
     """What an error of a library says, for one line of ours: its first line, without colours."""
     text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(error)).strip()
     return text.split("\n")[0][:limit] or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Text from outside, such as a file's name, as it may stand in a message of one line.
+
+    Control characters (line ends, and the escapes that colour a terminal or move its cursor) and
+    halves of surrogate pairs become Python's escapes.
+    """
+    return "".join(
+        char.encode("unicode_escape").decode() if unicodedata.category(char) in _UNSEEN else char
+        for char in text
+    )
+
+
+#: Categories of control characters and of halves of surrogate pairs.
+_UNSEEN = ("Cc", "Cs")

@@ -1,36 +1,37 @@
-"""Opening a video file: its picture track, its length, and in one line why it cannot be used."""
+"""Opening a video file: its picture track, and in one line why it cannot be used."""
 
 from __future__ import annotations
 
 import io
 import os
-import struct
+from collections.abc import Iterator
+from typing import Any
 
 import av
 
-from adacm2_jax.errors import DataError
+from adacm2_jax.errors import DataError, printable
+from adacm2_jax.video.info import AGAIN, Source
 
-Source = str | os.PathLike | bytes
-
-AGAIN = "download or record it again"
 _GIVE = "give MP4, MKV, WebM or AVI"
 # A playlist in the guise of a video must not make FFmpeg fetch anything.
-_OPEN: dict[str, object] = {"options": {"protocol_whitelist": "file"}}
+_OPEN: dict[str, Any] = {"options": {"protocol_whitelist": "file"}}
 if int(av.__version__.split(".")[0]) < 19:
     # Titles in another encoding than UTF-8 are no error; later PyAV takes them without being told.
     _OPEN["metadata_errors"] = "replace"
+# A transport stream is packets of so many bytes that begin with this one. FFmpeg knows it by a run
+# of them; a file of few frames has too few, so here it is told.
+_TS_PACKET, _TS_SYNC, _TS_SHORT = 188, b"\x47", 1 << 16
+# Ends a file whose demuxer reports one error after the other and makes no way.
+_MAX_READ_ERRORS = 64
 
 
 class VideoFile:
     """An opened file and its picture track.
 
     Attributes:
-        source: the path, or the encoded file's bytes.
-        name: the path, or "<N bytes>".
+        name: the path, or "<N bytes>", as it may stand in a message.
         container, stream: PyAV's, replaced by `reopen`.
         clock: seconds of one tick of the track.
-        start: tick at which the track begins.
-        duration: of the track, seconds from its start.
 
     Args:
         source: a path, or the encoded file's bytes.
@@ -39,11 +40,15 @@ class VideoFile:
     """
 
     def __init__(self, source: Source):
-        self.source = source
-        self._in_memory = not isinstance(source, (str, os.PathLike))
-        self.name = f"<{len(source)} bytes>" if self._in_memory else os.fspath(source)
+        self._path: str | None = None
+        self._data = b""
+        if isinstance(source, (str, os.PathLike)):
+            self._path = os.fspath(source)
+            self.name = printable(self._path)
+        else:
+            self._data = bytes(source)
+            self.name = f"<{len(source)} bytes>"
         self._open()
-        self.duration = self._claimed_duration() or self._scan_duration()
 
     @property
     def format(self) -> str:
@@ -53,31 +58,55 @@ class VideoFile:
     @property
     def size(self) -> int:
         """Bytes that are there."""
-        return len(self.source) if self._in_memory else os.path.getsize(self.source)
+        return len(self._data) if self._path is None else os.path.getsize(self._path)
+
+    def read(self, start: int, count: int) -> bytes:
+        """Bytes of the file from a position on; fewer where it ends."""
+        if self._path is None:
+            return self._data[start : start + count]
+        with open(self._path, "rb") as file:
+            file.seek(start)
+            return file.read(count)
 
     def reopen(self) -> None:
         """Starts again from the file's beginning."""
         self.container.close()
         self._open()
 
+    def packets(self, errors: list[str] | None = None) -> Iterator[av.Packet]:
+        """The picture's packets from here to the end, with PyAV's empty one last.
+
+        Args:
+            errors: is given a line for each read that failed; what can be read is read.
+        """
+        for _ in range(_MAX_READ_ERRORS):
+            try:
+                yield from self.container.demux(self.stream)
+                return
+            except av.FFmpegError as error:
+                if errors is not None:
+                    errors.append(str(error))
+
     def sound_lasts(self, beyond: float) -> bool:
-        """Tells whether the sound has packets later than `beyond` seconds."""
-        if not self.container.streams.audio:
-            return False
+        """Tells whether the sound has packets later than `beyond` seconds of the file's clock."""
         try:
-            with av.open(self._target(), **_OPEN) as container:
+            with av.open(self._target(), **self._options()) as container:
                 container.seek(int(beyond * av.time_base))
+                # The tracks are counted after the seek: some files tell of one only where it
+                # begins.
                 return any(
-                    packet.pts is not None and packet.pts * packet.time_base > beyond
-                    for packet in container.demux(audio=0)
+                    packet.stream.type == "audio"
+                    and packet.pts is not None
+                    and packet.pts * packet.time_base > beyond
+                    for packet in container.demux()
                 )
-        except av.FFmpegError:
-            return False  # The sound is cut short as well.
+        except (av.FFmpegError, LookupError, ValueError):
+            return False  # There is no sound, or it is cut short as well.
 
     def _open(self) -> None:
         target = self._target()
         try:
-            self.container = av.open(target, **_OPEN)
+            self.container = av.open(target, **self._options())
         except PermissionError:
             raise DataError(f"{self.name}: may not be read: change its permissions") from None
         except (av.FFmpegError, ValueError) as error:
@@ -90,96 +119,41 @@ class VideoFile:
         if not pictures:
             raise DataError(f"{self.name}: holds no video track (sound only?): give a video file")
         best = streams.best("video")
-        self.stream = best if best in pictures else pictures[0]
+        self.stream = next((stream for stream in pictures if stream is best), pictures[0])
         if self.stream.codec_context is None:
             raise DataError(f"{self.name}: FFmpeg cannot decode its codec: convert it to H.264")
         for stream in streams:
             if stream is not self.stream:
                 # Not read at all; a missing end of the sound must not end the picture.
                 stream.discard = av.stream.Discard.all
-        self.clock = float(self.stream.time_base)
-        self.start = self.stream.start_time or 0
+        self.clock = float(self.stream.time_base or 0)
+
+    def _options(self) -> dict[str, Any]:
+        if self.size < _TS_SHORT and not self.size % _TS_PACKET:
+            starts = self.read(0, self.size)[::_TS_PACKET]
+            if starts == _TS_SYNC * len(starts):
+                return _OPEN | {"format": "mpegts"}
+        return _OPEN
 
     def _target(self) -> str | io.BytesIO:
-        if self._in_memory:
+        if self._path is None:
             if not self.size:
                 raise DataError(f"{self.name}: the video is empty: {AGAIN}")
-            return io.BytesIO(self.source)
-        if os.path.isdir(self.source):
+            return io.BytesIO(self._data)
+        if os.path.isdir(self._path):
             raise DataError(f"{self.name}: is a directory: give the video file inside it")
-        if not os.path.exists(self.source):
+        if not os.path.exists(self._path):
             raise DataError(f"{self.name}: no such file: check the path")
         if not self.size:
             raise DataError(f"{self.name}: the file is empty: {AGAIN}")
         # With the scheme spelled out, a colon in the name is not taken for one.
-        return "file:" + self.name
-
-    def _head(self, count: int) -> bytes:
-        if self._in_memory:
-            return bytes(self.source[:count])
-        with open(self.source, "rb") as file:
-            return file.read(count)
+        return "file:" + self._path
 
     def _why_unreadable(self, error: Exception) -> str:
-        head = self._head(12)
+        head = self.read(0, 12)
         if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
             return f"the MP4 file is incomplete (its index, moov, is missing or cut): {AGAIN}"
         if head[:4] in (b"\x1aE\xdf\xa3", b"RIFF"):
             return f"the file is incomplete or damaged: {AGAIN}"
         reason = getattr(error, "strerror", None) or type(error).__name__
         return f"is not a video that FFmpeg can read ({reason}): {_GIVE}"
-
-    def _claimed_duration(self) -> float:
-        """The track's length in seconds by the file's headers; 0.0 if they do not say."""
-        if self.stream.duration:
-            claim = max(self.stream.duration * self.clock, self._cut_avi_duration())
-            return max(claim, self._scan_duration()) if self._is_uneven_mp4() else claim
-        # Matroska's header gives the longest track's length; a tag, where written, the track's own.
-        tag = _tag_seconds(self.stream.metadata.get("DURATION")) - self.start * self.clock
-        claims = [tag, (self.container.duration or 0) / av.time_base]
-        return min((seconds for seconds in claims if seconds > 0), default=0.0)
-
-    def _is_uneven_mp4(self) -> bool:
-        """Tells whether MP4's duration may be short by the last frames.
-
-        It adds up decoding times; with B-frames and a variable frame rate those end before the
-        frames shown do.
-        """
-        mean, base = self.stream.average_rate, self.stream.base_rate
-        reordered = self.stream.codec_context.has_b_frames > 0
-        return "mp4" in self.format and reordered and bool(mean and base and base > 1.1 * mean)
-
-    def _cut_avi_duration(self) -> float:
-        """What a cut AVI file's header says, which FFmpeg replaces by a guess; 0.0 if not cut."""
-        head = self._head(4096)
-        at = head.find(b"avih") + 8
-        if self.format != "avi" or at < 8 or len(head) < at + 20:
-            return 0.0
-        if struct.unpack_from("<I", head, 4)[0] + 8 <= self.size:
-            return 0.0
-        # The main header begins with microseconds a frame; its fifth number counts the frames.
-        period, _, _, _, frames = struct.unpack_from("<5I", head, at)
-        return period * frames / 1e6
-
-    def _scan_duration(self) -> float:
-        """Reads all packets (decoding nothing) for the end of the last one, seconds."""
-        end, period = 0.0, 1.0 / float(self.stream.guessed_rate or 25)
-        try:
-            for packet in self.container.demux(self.stream):
-                tick = packet.pts if packet.pts is not None else packet.dts
-                if packet.size and tick is not None:
-                    length = packet.duration * self.clock if packet.duration else period
-                    end = max(end, (tick - self.start) * self.clock + length)
-        except av.FFmpegError:
-            pass  # What can be read is the duration.
-        self.reopen()
-        return end or period
-
-
-def _tag_seconds(tag: str | None) -> float:
-    """Reads Matroska's "HH:MM:SS.nnnnnnnnn"; 0.0 where there is none or it cannot be read."""
-    try:
-        hours, minutes, seconds = (tag or "").split(":")
-        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-    except ValueError:
-        return 0.0

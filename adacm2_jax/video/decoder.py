@@ -1,8 +1,7 @@
 """Which frame of a video is shown at an instant: one pass forward, with seeks where they save work.
 
-Everything that depends on codecs is here; `frames.py` chooses the instants and resizes the
-frames.
-Times are seconds from the start of the picture track; ticks are the track's own clock.
+`frames.py` chooses the instants and resizes the frames.
+Times are seconds from the file's start; ticks are the picture track's own clock.
 """
 
 from __future__ import annotations
@@ -10,25 +9,24 @@ from __future__ import annotations
 import bisect
 import math
 import os
-from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
 
 from adacm2_jax.errors import DataError
-from adacm2_jax.video.container import AGAIN, Source, VideoFile
+from adacm2_jax.video.container import VideoFile
+from adacm2_jax.video.info import AGAIN, Source, TruncatedError, VideoInfo
+from adacm2_jax.video.packets import PacketReader
+from adacm2_jax.video.pixels import Painter
+from adacm2_jax.video.timing import is_whole_matroska, measure, tolerance
 
 # Decoder threads cost more than they save below so many pixels in a frame, or in the whole clip.
 _THREADED_FRAME = 150_000
 _THREADED_CLIP = 32_000_000
 # Each thread holds a frame, and a data loader runs several decoders at once.
 _MAX_THREADS = 8
-# Ends a file whose demuxer reports one error after the other and makes no way.
-_MAX_READ_ERRORS = 64
 # Shorter Matroska files are read forward without looking at their index.
 _LOAD_CUES_SECONDS = 10.0
 # A seek empties the decoder's pipeline, which is worth about this many frames of decoding.
@@ -37,40 +35,6 @@ _SEEK_FRAMES = 12
 _BLIND_SEEK_SECONDS = 30.0
 # ... to so many seconds before the instant, where some key frame will follow in time.
 _BLIND_SEEK_MARGIN = 10.0
-
-
-@dataclass(frozen=True)
-class VideoInfo:
-    """What a video file says of itself.
-
-    Attributes:
-        path: the file, or "<N bytes>" for a video given as bytes.
-        container: FFmpeg's name of the container format ("mov,mp4,m4a,3gp,3g2,mj2").
-        codec: FFmpeg's name of the codec ("h264").
-        width, height: pixels as shown, after the rotation; their aspect ratio is not applied.
-        rotation: degrees clockwise (0, 90, 180 or 270) that turn the stored picture upright.
-        duration: seconds.
-        fps: average frames per second; 0.0 where the file does not say.
-    """
-
-    path: str
-    container: str
-    codec: str
-    width: int
-    height: int
-    rotation: int
-    duration: float
-    fps: float
-
-
-class TruncatedError(DataError):
-    """The file ends before its own header says: `args[0]` is the finding, `str` adds the remedy."""
-
-    def __str__(self) -> str:
-        return (
-            f"{self.args[0]}, so nothing was answered: {AGAIN}, or pass "
-            "--config.data.on_truncated=use to go on with the frames that are there"
-        )
 
 
 class _Stamped(NamedTuple):
@@ -83,9 +47,9 @@ class Decoder:
 
     Attributes:
         name: the file, in messages.
-        duration: of the video, seconds.
+        begins: of the picture, seconds from the file's start; above 0 where sound comes first.
+        duration: seconds from the file's start to the picture's end.
         fps: average frames per second; 0.0 where the file does not say.
-        damaged: packets that could not be decoded so far.
 
     Args:
         source: a path, or the encoded file's bytes.
@@ -96,29 +60,38 @@ class Decoder:
     def __init__(self, source: Source):
         self._file = VideoFile(source)
         self.name = self._file.name
-        self.duration = self._file.duration
-        self.damaged = 0
-        stream = self._file.stream
-        self.fps = float(stream.average_rate or stream.guessed_rate or 0)
-        area = stream.width * stream.height
+        self._timing = measure(self._file)
+        self.begins, self.duration = self._timing.begins, self._timing.duration
+        self.fps = self._timing.fps
+        context = self._file.stream.codec_context
+        area = context.width * context.height
         large = area >= _THREADED_FRAME and area * self.duration * self.fps >= _THREADED_CLIP
         self._threads = min(_MAX_THREADS, os.cpu_count() or 1) if large else 1
-        # AVI stores no presentation times: with B-frames, the n-th frame shown takes the n-th
-        # packet's time, and a seek would lose count.
-        self._by_packets = self._file.format == "avi" and stream.codec_context.has_b_frames > 0
-        self._seekable = not self._by_packets
+        self._seekable = self._timing.seekable
         # Elsewhere FFmpeg's index holds no more than what it happened to come across.
         self._indexed = any(name in self._file.format for name in ("mp4", "matroska", "avi"))
         self._blind_seek = _BLIND_SEEK_SECONDS
-        self._reformatter = VideoReformatter()
-        self._matrix: tuple[int, int, int, int] | None = None
+        self._painter = Painter(self._threads)
+        self._read_errors: list[str] = []
+        self._packets = PacketReader(self._file, self._timing)
         self._whole: bool | None = None
+        self._shown: _Stamped | None = None
+        self._next: _Stamped | None = None
         self._begin()
 
-    @property
-    def tolerance(self) -> float:
-        """Seconds by which a header may overstate the end: max(1 s, two frame periods)."""
-        return max(1.0, 2.0 / self.fps if self.fps else 0.0)
+    def warnings(self) -> list[str]:
+        """What was passed over so far, a line each."""
+        found = []
+        self._packets.passed_over += len(self._read_errors)
+        self._read_errors.clear()
+        if damage := self._packets.report():
+            found.append(f"{self.name}: {damage}")
+        if self._painter.unknown_matrix is not None:
+            found.append(
+                f"{self.name}: its colour matrix (number {self._painter.unknown_matrix}) cannot be "
+                "converted, so colours are taken as of a video that names none"
+            )
+        return found
 
     def check_stored(self, time: float) -> None:
         """Finds a missing end early, by the index of an MP4 file and the file's size.
@@ -138,7 +111,7 @@ class Decoder:
         if lost == len(entries):
             return
         stored = max(0.0, self._seconds(entries[lost].timestamp + self._reorder))
-        if time >= stored and self.duration - stored > self.tolerance:
+        if time >= stored and self.duration - stored > tolerance(self.fps):
             raise TruncatedError(
                 f"{self.name}: the file is cut short "
                 f"(it holds {stored:.1f} s of {self.duration:.1f} s)"
@@ -147,7 +120,7 @@ class Decoder:
     def info(self) -> VideoInfo:
         """Describes the file; the first frame is decoded, for it alone tells the rotation."""
         frame = self.frame_at(0.0)
-        a, b, _, _ = self._display_matrix(frame)
+        a, b, _, _ = self._painter.display_matrix(frame)
         width, height = frame.width, frame.height
         if a:
             rotation = 0 if a > 0 else 180
@@ -172,10 +145,10 @@ class Decoder:
             time: seconds, not less than in the call before.
         Raises:
             TruncatedError: the file ends before `time`, and before its header says.
-            DataError: nothing in the file can be decoded.
+            DataError: nothing in the file can be decoded, or its clock goes back.
         """
         # A millionth of a tick absorbs the rounding of `time`, far below any frame's period.
-        tick = math.floor(time / self._file.clock + 1e-6) + self._file.start
+        tick = math.floor((time - self.begins) / self._file.clock + 1e-6) + self._timing.start
         margin = self._seek_margin(tick)
         if margin is not None:
             self._seek(tick, margin)
@@ -185,28 +158,18 @@ class Decoder:
                 raise DataError(f"{self.name}: no frame can be decoded: {AGAIN}")
         while self._next is not None and self._next.tick <= tick:
             self._shown, self._next = self._next, next(self._frames, None)
-        if self._shown is None:
-            return self._next.frame
-        if self._next is None:
-            self._check_whole(time)
+        if self._next is not None:
+            return (self._shown or self._next).frame
+        assert self._shown is not None
+        self._check_whole(time, self._shown)
         return self._shown.frame
 
     def to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
         """Converts by the frame's own colour matrix and range, upright: uint8[h, w, 3]."""
-        picture = self._reformatter.reformat(frame, format="rgb24", threads=self._threads)
-        picture = picture.to_ndarray()
-        a, b, c, d = self._display_matrix(frame)
-        if not a:
-            picture = picture.swapaxes(0, 1)
-            a, d = c, b
-        if a < 0:
-            picture = picture[:, ::-1]
-        if d < 0:
-            picture = picture[::-1]
-        return np.ascontiguousarray(picture)
+        return self._painter.to_rgb(frame)
 
     def _seconds(self, tick: int) -> float:
-        return (tick - self._file.start) * self._file.clock
+        return (tick - self._timing.start) * self._file.clock + self.begins
 
     def _begin(self) -> None:
         """Sets everything at the start of the freshly opened file."""
@@ -214,7 +177,7 @@ class Decoder:
         if "matroska" in file.format and self.duration > _LOAD_CUES_SECONDS:
             try:
                 # Any seek makes FFmpeg read the index, which is at the file's end.
-                file.container.seek(file.start, stream=file.stream)
+                file.container.seek(self._timing.start, stream=file.stream)
             except av.FFmpegError:
                 self._seekable = False
                 file.reopen()
@@ -222,50 +185,22 @@ class Decoder:
         file.stream.codec_context.thread_count = self._threads
         entries = file.stream.index_entries
         # MP4's index counts decoding times: B-frames put them a fixed shift before those shown.
-        self._reorder = max(0, file.start - entries[0].timestamp) if len(entries) else 0
-        self._shown: _Stamped | None = None
-        self._next: _Stamped | None = None
+        shift = self._timing.start - entries[0].timestamp if len(entries) else 0
+        self._reorder = max(0, shift)
+        self._shown = self._next = None
         self._frames = self._decode()
 
     def _decode(self) -> Iterator[_Stamped]:
         """Decodes from here to the end; damaged packets are counted and passed over."""
-        packet_ticks: deque[int] = deque()
-        period = round(1 / (self._file.clock * (self.fps or 25)))
-        expected = self._file.start
-        for packet in self._packets():
-            if packet.size and packet.is_corrupt:
-                self.damaged += 1
-                continue
-            if packet.size and self._by_packets:
-                packet_ticks.append(packet.dts)
-            try:
-                frames = packet.decode()
-            except av.FFmpegError:
-                self.damaged += 1
-                continue
-            for frame in frames:
-                tick = frame.pts if frame.pts is not None else frame.dts
-                if packet_ticks:
-                    tick = packet_ticks.popleft()
-                if tick is None:
-                    tick = expected
-                expected = tick + period
+        self._packets.restart()
+        for packet in self._file.packets(self._read_errors):
+            for tick, frame in self._packets.decode(packet):
                 yield _Stamped(tick, frame)
-
-    def _packets(self) -> Iterator[av.Packet]:
-        errors = 0
-        while errors < _MAX_READ_ERRORS:
-            try:
-                yield from self._file.container.demux(self._file.stream)
-                return
-            except av.FFmpegError:
-                errors += 1
-                self.damaged += 1
 
     def _seek_margin(self, tick: int) -> float | None:
         """Tells whether a seek saves decoding: seconds before `tick` to seek to, or None."""
         at = self._next or self._shown
-        position = at.tick if at else self._file.start
+        position = at.tick if at else self._timing.start
         gap = (tick - position) * self._file.clock
         least = _SEEK_FRAMES / (self.fps or 25)
         if gap <= least or not self._seekable:
@@ -285,7 +220,7 @@ class Decoder:
         file, before = self._file, self._next or self._shown
         for more in (0.0, 2.0, 20.0):
             target = tick - self._reorder - round((margin + more) / file.clock)
-            if target <= file.start:
+            if target <= self._timing.start:
                 break
             try:
                 file.container.seek(target, stream=file.stream)
@@ -304,38 +239,29 @@ class Decoder:
         file.reopen()
         self._begin()
 
-    def _check_whole(self, time: float) -> None:
+    def _check_whole(self, time: float, last: _Stamped) -> None:
         """Is the file's last frame the video's last, to be held, or is the rest missing?"""
         if self._whole:
             return
-        tick, frame = self._shown
-        end = self._seconds(tick)
-        if frame.duration:
-            end += frame.duration * self._file.clock
+        end = self._seconds(last.tick)
+        if last.frame.duration:
+            end += last.frame.duration * self._file.clock
         elif self.fps:
             end += 1.0 / self.fps
         if time < end:
             return
+        slack = tolerance(self.fps)
         # Sound that goes on shows that the file is whole, and its picture merely shorter.
-        missing = self.duration - end > self.tolerance
-        self._whole = not missing or self._file.sound_lasts(end + self.tolerance)
+        self._whole = (
+            self.duration - end <= slack
+            or is_whole_matroska(self._file, self._packets.end)
+            or self._file.sound_lasts(self._on_file_clock(end + slack))
+        )
         if not self._whole:
             raise TruncatedError(
                 f"{self.name}: the file is cut short "
                 f"(decoded up to {end:.1f} s of {self.duration:.1f} s)"
             )
 
-    def _display_matrix(self, frame: av.VideoFrame) -> tuple[int, int, int, int]:
-        """The signs (a, b, c, d) of the display matrix: x' = a·x + c·y, y' = b·x + d·y.
-
-        Turned to the nearest quarter: either a and d are zero, or b and c. Upright: (1, 0, 0, 1).
-        """
-        if self._matrix is None:
-            data = frame.side_data.get("DISPLAYMATRIX")
-            values = np.frombuffer(bytes(data), np.int32) if data else np.zeros(9, np.int32)
-            a, b, c, d = (int(values[i]) for i in (0, 1, 3, 4))
-            if abs(b) > abs(a) and b and c:
-                self._matrix = (0, 1 if b > 0 else -1, 1 if c > 0 else -1, 0)
-            else:
-                self._matrix = (-1 if a < 0 else 1, 0, 0, -1 if d < 0 else 1)
-        return self._matrix
+    def _on_file_clock(self, time: float) -> float:
+        return time - self.begins + self._timing.start * self._file.clock

@@ -1,19 +1,26 @@
-"""Frames of a video, chosen by time stamps and resized, in chunks of bounded memory."""
+"""Frames of a video, chosen by time stamps and resized, in chunks of bounded memory.
+
+Importing this needs no PyAV; reading a video does.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from adacm2_jax.errors import DataError
-from adacm2_jax.video.container import Source
-from adacm2_jax.video.decoder import Decoder, TruncatedError, VideoInfo
+from adacm2_jax.errors import DataError, printable
+from adacm2_jax.video.info import Source, TruncatedError, VideoInfo
 from adacm2_jax.video.resize import RESIZES
 from adacm2_jax.video.sampling import Sampling, sample_times
+
+if TYPE_CHECKING:
+    from adacm2_jax.video.decoder import Decoder
 
 __all__ = ["Chunk", "Sampling", "VideoInfo", "probe", "read_clip", "read_frames", "sample_times"]
 
@@ -24,7 +31,7 @@ class Chunk:
 
     Attributes:
         frames: uint8[n, size, size, 3], RGB.
-        times: float64[n], the instants asked for, in seconds from the video's start.
+        times: float64[n], the instants asked for, in seconds from the file's start.
     """
 
     frames: np.ndarray
@@ -39,7 +46,8 @@ def probe(source: Source) -> VideoInfo:
     Raises:
         DataError: the source is missing, empty, incomplete, or no video.
     """
-    return Decoder(source).info()
+    with _as_data_error(source):
+        return _open(source).info()
 
 
 def read_frames(
@@ -66,7 +74,9 @@ def read_frames(
         source: a path, or the encoded file's bytes.
         sampling: which frames are taken.
         size: side of the frames, pixels.
-        start, end: the part of the video that counts, seconds; None for the video's own.
+        start, end: the part of the video that counts, seconds from the file's start, as a player
+            counts them. None for the picture's own start and end; sound may begin before it. Before
+            the picture begins, its first frame is taken.
         chunk: frames of a chunk; the last may have fewer.
         rng: see `sample_times`.
         resize: how frames are made square, a name in `resize.RESIZES`: "clean", or "ma_lmm".
@@ -79,7 +89,8 @@ def read_frames(
     Raises:
         DataError: at once if the file cannot be opened, the times are outside the video, or the
             index of an MP4 file shows that its end is missing; from the iterator if only decoding
-            finds that, or if no frame can be decoded.
+            finds that, or if no frame can be decoded. Whatever else a video makes the decoder
+            raise ends as this error, too.
     """
     if on_truncated not in ("error", "use"):
         raise DataError(f"on_truncated={on_truncated!r}: must be 'error' or 'use'")
@@ -87,17 +98,20 @@ def read_frames(
         raise DataError(f"resize={resize!r}: must be {' or '.join(RESIZES)}")
     if size < 1 or chunk < 1:
         raise DataError(f"size={size}, chunk={chunk}: both must be 1 or more")
-    decoder = Decoder(source)
-    try:
-        times = sample_times(decoder.duration, sampling, start, end, rng)
-    except DataError as error:
-        raise DataError(f"{decoder.name}: {error}") from None
-    if on_truncated == "error":
-        decoder.check_stored(times[-1])
+    with _as_data_error(source):
+        decoder = _open(source)
+        if start is None and (end is None or end > decoder.begins):
+            start = decoder.begins
+        try:
+            times = sample_times(decoder.duration, sampling, start, end, rng)
+        except DataError as error:
+            raise DataError(f"{decoder.name}: {error}") from None
+        if on_truncated == "error":
+            decoder.check_stored(times[-1])
     return len(times), _chunks(decoder, times, size, chunk, resize, on_truncated, on_warning)
 
 
-def read_clip(source: Source, sampling: Sampling, *, size: int, **options: object) -> np.ndarray:
+def read_clip(source: Source, sampling: Sampling, *, size: int, **options: Any) -> np.ndarray:
     """Reads all chosen frames of a short clip at once.
 
     Args:
@@ -122,28 +136,75 @@ def _chunks(
     on_truncated: str,
     on_warning: Callable[[str], None],
 ) -> Iterator[Chunk]:
-    shown, picture, done = None, None, 0
-    truncated: TruncatedError | None = None
-    while done < len(times) and truncated is None:
-        frames = np.empty((min(chunk, len(times) - done), size, size, 3), np.uint8)
-        count = 0
-        for count, time in enumerate(times[done : done + chunk]):
-            try:
-                frame = decoder.frame_at(time)
-            except TruncatedError as error:
-                truncated = error
-                break
-            if frame is not shown:
-                shown, picture = frame, RESIZES[resize](decoder.to_rgb(frame), size)
-            frames[count] = picture
-        else:
-            count += 1
-        if truncated is not None and (on_truncated == "error" or done + count == 0):
-            raise truncated
+    read = _Reader(decoder, size, resize)
+    done = 0
+    while done < len(times) and read.truncated is None:
+        wanted = times[done : done + chunk]
+        with _as_data_error(decoder.name):
+            frames = read(wanted)
+        count = len(frames)
+        if read.truncated is not None and (on_truncated == "error" or done + count == 0):
+            raise read.truncated
         if count:
-            yield Chunk(frames[:count], times[done : done + count])
+            yield Chunk(frames, wanted[:count])
         done += count
-    if truncated is not None:
-        on_warning(f"{truncated.args[0]}: the {done} of {len(times)} frames before that are used")
-    if decoder.damaged:
-        on_warning(f"{decoder.name}: damaged packets passed over: {decoder.damaged}")
+    if read.truncated is not None:
+        on_warning(
+            f"{read.truncated.args[0]}: the {done} of {len(times)} frames before that are used"
+        )
+    for line in decoder.warnings():
+        on_warning(line)
+
+
+class _Reader:
+    """Reads frames of increasing instants, and converts a frame once where it is shown again.
+
+    Attributes:
+        truncated: why the last call gave fewer frames than were wanted, or None.
+    """
+
+    def __init__(self, decoder: Decoder, size: int, resize: str):
+        self._decoder, self._size, self._resize = decoder, size, RESIZES[resize]
+        self._shown: object = None
+        self._picture = np.empty(0)
+        self.truncated: TruncatedError | None = None
+
+    def __call__(self, times: np.ndarray) -> np.ndarray:
+        """uint8[n, size, size, 3], with n the number of `times` unless the file is cut short."""
+        frames = np.empty((len(times), self._size, self._size, 3), np.uint8)
+        for count, time in enumerate(times):
+            try:
+                frame = self._decoder.frame_at(time)
+            except TruncatedError as error:
+                self.truncated = error
+                return frames[:count]
+            if frame is not self._shown:
+                self._picture = self._resize(self._decoder.to_rgb(frame), self._size)
+                self._shown = frame
+            frames[count] = self._picture
+        return frames
+
+
+def _open(source: Source) -> Decoder:
+    from adacm2_jax.video.decoder import Decoder  # PyAV is imported by the first that opens a file
+
+    return Decoder(source)
+
+
+@contextlib.contextmanager
+def _as_data_error(source: Source) -> Iterator[None]:
+    """Ends whatever a video makes its readers raise as an error that names the video.
+
+    One odd file among thousands must not end a run; what FFmpeg and its wrapper raise for such
+    files is not known beforehand.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        name = f"<{len(source)} bytes>" if isinstance(source, bytes) else os.fspath(source)
+        reason = printable(" ".join(str(error).split())[:200])
+        raise DataError(
+            f"{printable(name)}: cannot be read ({type(error).__name__}: {reason}): convert it to H.264 in MP4"
+        ) from error
