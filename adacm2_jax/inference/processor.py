@@ -57,7 +57,7 @@ class Processor:
             if number is None:
                 raise UserError(
                     f"the language-model tokenizer names no {token}; write it with train.py, or "
-                    "with python -m adacm2_jax.port"
+                    "with adacm2 port"
                 )
             special.append(number)
         self._qformer, self._llm = qformer_tokenizer, llm_tokenizer

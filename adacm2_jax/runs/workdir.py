@@ -8,7 +8,7 @@
     workdir/frozen.json                 or where they are: a converted checkpoint, its fingerprint
     workdir/checkpoints/<step>/         learned parameters, optimiser, place in the data
 
-A converted checkpoint (``python -m adacm2_jax.port``), called a base, holds ``config.json`` with
+A converted checkpoint (``adacm2 port``), called a base, holds ``config.json`` with
 the model alone, the tokenizers, ``params/`` with all parameters and ``base.json``, which says where
 they are from. A run that starts from a base does not copy what it leaves as it is; what counts is
 the base's fingerprint, not its place.
