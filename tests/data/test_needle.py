@@ -1,6 +1,7 @@
 """The needle task: what its videos promise, and that they survive the way through a file."""
 
 import io
+import json
 
 import av
 import numpy as np
@@ -188,10 +189,12 @@ def test_ordinary_questions_fit_the_model_that_is_asked_later(tmp_path):
     assert config.max_text_len >= 24
     known = processor.questions(["which digit was shown on the red ground in this video?"])
     assert known.qformer_mask.sum() == 2 + 12  # [CLS] and [SEP]; each word and mark is known
-    strange = ["Which number is written on scarlet?", "what's on the red one?", ""]
+    processor.questions(["what's on the red one?"])  # its mark is unknown, and is not refused
+    strange = ["Which number is written on scarlet?", "what was on the red one?", ""]
     question = processor.questions(strange)
     assert question.qformer_mask.sum(1).max() <= config.max_text_len
-    unknown = processor._qformer.unk_token_id
+    words = json.loads((tmp_path / "qformer_tokenizer" / "tokenizer.json").read_text())["model"]
+    unknown = words["vocab"][words["unk_token"]]
     assert not (question.qformer_ids == unknown)[question.qformer_mask].any()
     # The stages before read nothing but the task's own questions.
     for stage in ("first", "second"):
