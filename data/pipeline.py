@@ -200,6 +200,7 @@ def _live_as_long_as_parent(*_: int) -> None:
     """In a decoding process. A SIGTERM may go to all processes of a job; the training process then
     wants this one's batch for its last step. It ends this one when it ends, however that is."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all of a terminal's, too
     parent = multiprocessing.parent_process()
 
     def follow() -> None:
