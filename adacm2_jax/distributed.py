@@ -21,6 +21,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -337,6 +338,11 @@ def explain(error: BaseException) -> UserError | None:
     codes = {each.errno for each in chain if isinstance(each, OSError)}
     full = codes & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
     if full or any(words in text for words in ("No space left", "Disk quota exceeded")):
+        if any(map(_in_shared_memory, chain)):
+            return UserError(
+                f"no room in the shared memory /dev/shm ({_first_line(text)}): enlarge it (docker "
+                "run --shm-size=8g), or lower data.workers; 0 decodes without it"
+            )
         return UserError(
             f"no room on the disk ({_first_line(text)}): make room, then the same command goes on "
             "from the newest complete checkpoint"
@@ -352,6 +358,13 @@ def explain(error: BaseException) -> UserError | None:
             "again by the same command; they go on from the newest complete checkpoint"
         )
     return None
+
+
+def _in_shared_memory(error: BaseException) -> bool:
+    """Whether an error was raised where Python makes shared memory or semaphores."""
+    frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    ends = ("multiprocessing/shared_memory.py", "multiprocessing/synchronize.py")
+    return "/dev/shm" in str(error) or any(name.endswith(ends) for name in frames)
 
 
 def leave(status: int) -> None:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import math
 import operator
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, SupportsIndex
 
 import numpy as np
 
-from adacm2_jax.errors import DataError
+from adacm2_jax.errors import DataError, UserError, check_text, printable
 
 _FIELDS = ("video", "question", "answer", "start", "end", "id")
 _MOST_REPORTED = 5
@@ -88,10 +88,10 @@ class JsonlSource:
         if problems:
             more = len(problems) - _MOST_REPORTED
             rest = f"; and {more} more wrong lines" if more > 0 else ""
-            raise DataError(f"{self.path}: {'; '.join(problems[:_MOST_REPORTED])}{rest}")
+            raise DataError(f"{printable(self.path)}: {'; '.join(problems[:_MOST_REPORTED])}{rest}")
         if not self._examples:
             raise DataError(
-                f"{self.path}: has no examples: write one JSON object a line, "
+                f"{printable(self.path)}: has no examples: write one JSON object a line, "
                 '{"video": "clip.mp4", "question": "…", "answer": "…"}'
             )
 
@@ -129,8 +129,10 @@ class JsonlSource:
 
     def _parse(self, line: str, number: int) -> Example:
         try:
-            fields = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+            fields = json.loads(line, object_pairs_hook=_once)
+        except DataError:
+            raise
+        except (ValueError, RecursionError) as error:
             where = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
             raise DataError(f"is not JSON{where}; write one JSON object a line") from None
         if not isinstance(fields, dict):
@@ -160,18 +162,29 @@ class JsonlSource:
         )
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; of a name that is given twice, Python would take the last silently."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"field {twice!r} is given {names.count(twice)} times; give it once")
+    return fields
+
+
 def _read_lines(path: str) -> list[str]:
+    name = printable(path)
     try:
         # Split at newlines alone: U+2028 and its like may stand inside a JSON string.
         return Path(path).read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file: check the path") from None
+        raise DataError(f"{name}: no such file: check the path") from None
     except IsADirectoryError:
-        raise DataError(f"{path}: is a directory: give the JSON Lines file inside it") from None
+        raise DataError(f"{name}: is a directory: give the JSON Lines file inside it") from None
     except PermissionError:
-        raise DataError(f"{path}: may not be read: change its permissions") from None
+        raise DataError(f"{name}: may not be read: change its permissions") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+        raise DataError(f"{name}: is not UTF-8 (byte {error.start}): save it as UTF-8") from None
 
 
 def _text(fields: dict[str, Any], name: str, *, required: bool) -> str | None:
@@ -182,7 +195,10 @@ def _text(fields: dict[str, Any], name: str, *, required: bool) -> str | None:
         return None
     if not isinstance(value, str):
         raise DataError(f"field {name!r}: is {_kind(value)}; give a string in quotes")
-    return value
+    try:
+        return check_text(value, f"field {name!r}")
+    except UserError as problem:
+        raise DataError(str(problem)) from None
 
 
 def _seconds(fields: dict[str, Any], name: str) -> float | None:
@@ -191,8 +207,8 @@ def _seconds(fields: dict[str, Any], name: str) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise DataError(f"field {name!r}: is {_kind(value)}; give seconds as a number")
-    if not (0 <= value and math.isfinite(value)):
-        raise DataError(f"field {name!r}: {value!r} is not a time; give seconds from 0 on")
+    if not 0 <= value <= sys.float_info.max:
+        raise DataError(f"field {name!r}: {value!r:.40} is not a time; give seconds from 0 on")
     return float(value)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import threading
 from collections.abc import Sequence
@@ -14,7 +16,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from adacm2_jax.errors import DataError
+from adacm2_jax.errors import DataError, UserError
 from adacm2_jax.video.frames import Sampling, read_clip
 from data.jsonl import Example
 
@@ -116,7 +118,7 @@ class TrainingBatches:
         self._rows = dataset.seed(seed).shuffle().repeat()
         self._batch_size, self._workers = batch_size, workers
         self._rank, self._world = rank, world
-        self._reader: grain.DatasetIterator | None = None
+        self._reader: BatchReader | None = None
         self.examples = 0
 
     def __iter__(self) -> TrainingBatches:
@@ -187,13 +189,63 @@ def training_batches(
     return TrainingBatches(dataset, batch_size, seed, workers, rank, world)
 
 
-def iter_batches(batches: grain.MapDataset, workers: int) -> grain.DatasetIterator:
+def iter_batches(batches: grain.MapDataset, workers: int) -> BatchReader:
     """Reads batches ahead: in ``workers`` processes, or in threads of this one; the same order."""
-    if workers:
-        reader = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
-        options = grain.MultiprocessingOptions(num_workers=workers)
-        return iter(reader.mp_prefetch(options, worker_init_fn=_live_as_long_as_parent))
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+    if not workers:
+        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+        return BatchReader(iter(batches.to_iter_dataset(options)), 0)
+    dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+    processes = grain.MultiprocessingOptions(num_workers=workers)
+    reader = dataset.mp_prefetch(processes, worker_init_fn=_live_as_long_as_parent)
+    return BatchReader(iter(reader), workers)
+
+
+class BatchReader:
+    """Grain's reader; a decoding process that ends is told in one line.
+
+    Args:
+      reader: of batches.
+      workers: processes that decode for it; 0 for none.
+    """
+
+    def __init__(self, reader: grain.DatasetIterator, workers: int):
+        self._reader, self._workers = reader, workers
+
+    def __iter__(self) -> BatchReader:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        try:
+            return next(self._reader)
+        except (RuntimeError, OSError) as error:
+            if problem := self._problem(error):
+                raise problem from error
+            raise
+
+    def close(self) -> None:
+        """Ends worker processes and threads."""
+        self._reader.close()
+
+    def _problem(self, error: Exception) -> UserError | None:
+        if not self._workers:
+            return None
+        ended = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
+        status = int(ended.group(1)) if ended else 0
+        # Decoding processes write to shared memory alone.
+        if status == -signal.SIGBUS or getattr(error, "errno", None) == errno.ENOSPC:
+            return UserError(
+                "no room in the shared memory /dev/shm, through which decoding processes hand over "
+                f"their batches: enlarge it (docker run --shm-size=8g), or lower "
+                f"data.workers={self._workers}; 0 decodes without"
+            )
+        if not ended:
+            return None
+        how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
+        cause = " (memory that runs out is the usual cause)" if status == -signal.SIGKILL else ""
+        return UserError(
+            f"a decoding process was ended {how}{cause}: look at the log above, or lower "
+            f"data.workers={self._workers}; the same command goes on from the newest checkpoint"
+        )
 
 
 def _live_as_long_as_parent(*_: int) -> None:

@@ -73,6 +73,14 @@ class VideoFile:
         self.container.close()
         self._open()
 
+    def seek(self, tick: int) -> bool:
+        """Moves to a key frame at or before a tick; False if the file does not allow it."""
+        try:
+            self.container.seek(tick, stream=self.stream)
+        except (av.FFmpegError, OverflowError):  # of a damaged index may come any number
+            return False
+        return True
+
     def packets(self, errors: list[str] | None = None) -> Iterator[av.Packet]:
         """The picture's packets from here to the end, with PyAV's empty one last.
 
@@ -100,16 +108,17 @@ class VideoFile:
                     and packet.pts * packet.time_base > beyond
                     for packet in container.demux()
                 )
-        except (av.FFmpegError, LookupError, ValueError):
+        except (av.FFmpegError, LookupError, ValueError, OverflowError):
             return False  # There is no sound, or it is cut short as well.
 
     def _open(self) -> None:
         target = self._target()
         try:
             self.container = av.open(target, **self._options())
-        except PermissionError:
-            raise DataError(f"{self.name}: may not be read: change its permissions") from None
         except (av.FFmpegError, ValueError) as error:
+            # FFmpeg says the same of damaged files that it does not want to follow.
+            if isinstance(error, PermissionError) and not os.access(self._path or ".", os.R_OK):
+                raise DataError(f"{self.name}: may not be read: change its permissions") from None
             raise DataError(f"{self.name}: {self._why_unreadable(error)}") from None
         if self.format == "tty":
             raise DataError(f"{self.name}: is text, not a video: {_GIVE}")
@@ -118,7 +127,10 @@ class VideoFile:
         pictures = [stream for stream in streams.video if not stream.disposition & cover]
         if not pictures:
             raise DataError(f"{self.name}: holds no video track (sound only?): give a video file")
-        best = streams.best("video")
+        try:
+            best = streams.best("video")
+        except LookupError:  # a damaged file may name a track that it has not
+            best = None
         self.stream = next((stream for stream in pictures if stream is best), pictures[0])
         if self.stream.codec_context is None:
             raise DataError(f"{self.name}: FFmpeg cannot decode its codec: convert it to H.264")

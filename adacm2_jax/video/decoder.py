@@ -175,10 +175,8 @@ class Decoder:
         """Sets everything at the start of the freshly opened file."""
         file = self._file
         if "matroska" in file.format and self.duration > _LOAD_CUES_SECONDS:
-            try:
-                # Any seek makes FFmpeg read the index, which is at the file's end.
-                file.container.seek(self._timing.start, stream=file.stream)
-            except av.FFmpegError:
+            # Any seek makes FFmpeg read the index, which is at the file's end.
+            if not file.seek(self._timing.start):
                 self._seekable = False
                 file.reopen()
         file.stream.thread_type = "AUTO" if self._threads > 1 else "SLICE"
@@ -222,9 +220,7 @@ class Decoder:
             target = tick - self._reorder - round((margin + more) / file.clock)
             if target <= self._timing.start:
                 break
-            try:
-                file.container.seek(target, stream=file.stream)
-            except av.FFmpegError:
+            if not file.seek(target):
                 break
             frames = self._decode()
             # Frames before the first key frame may lean on pictures that the seek left out.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from adacm2_jax.errors import DataError, printable
+from adacm2_jax.errors import DataError, printable, reason
 from adacm2_jax.video.info import Source, TruncatedError, VideoInfo
 from adacm2_jax.video.resize import RESIZES
 from adacm2_jax.video.sampling import Sampling, sample_times
@@ -204,7 +204,7 @@ def _as_data_error(source: Source) -> Iterator[None]:
         raise
     except Exception as error:
         name = f"<{len(source)} bytes>" if isinstance(source, bytes) else os.fspath(source)
-        reason = printable(" ".join(str(error).split())[:200])
+        what = f"{type(error).__name__}: {reason(error)}"
         raise DataError(
-            f"{printable(name)}: cannot be read ({type(error).__name__}: {reason}): convert it to H.264 in MP4"
+            f"{printable(name)}: cannot be read ({printable(what)}): convert it to H.264 in MP4"
         ) from error

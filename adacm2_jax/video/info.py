@@ -1,4 +1,4 @@
-"""What is said of a video: what a file tells of itself, and that it ends too early. No PyAV here."""
+"""What is said of a video: what its file tells of itself, and that it ends too early."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from collections import deque
 import av
 
 from adacm2_jax.video.container import VideoFile
-from adacm2_jax.video.timing import BACKWARD_SLACK, Timing, goes_back
+from adacm2_jax.video.timing import BACKWARD_SLACK, Timing, goes_back, next_slot
 
 # Codecs none of whose pictures begins with so many zero bytes.
 _NEVER_ZERO = ("h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "mpeg", "msmpeg", "wmv", "mjpeg")
@@ -80,6 +80,7 @@ class PacketReader:
         codec = file.stream.codec_context.name
         self._never_zero = codec.startswith(_NEVER_ZERO)
         self._period = max(1, round(1 / (file.clock * (timing.fps or 25))))
+        self._slack = BACKWARD_SLACK / file.clock if timing.counted else 0.0
         self._spread = "asf" in file.format
         self._indexed = file.format == "avi" and len(file.stream.index_entries) > 0
         self.passed_over, self.damaged_frames, self.lost = 0, 0, 0.0
@@ -157,7 +158,7 @@ class PacketReader:
 
     def _slot(self, packet: av.Packet) -> int:
         """The tick of a packet where only those are known."""
-        slot = packet.dts if packet.dts is not None else self._expected_slot
+        slot = next_slot(self._expected_slot, packet.pts, packet.dts, self._slack)
         if self._indexed and packet.pos is not None:
             # The demuxer counts chunks, and after damage it has missed some; the index has all.
             entries = self._file.stream.index_entries

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
@@ -57,8 +59,8 @@ class Painter:
         Turned to the nearest quarter: either a and d are zero, or b and c. Upright: (1, 0, 0, 1).
         """
         if self._matrix is None:
-            data = frame.side_data.get("DISPLAYMATRIX")
-            values = np.zeros(9, np.int32) if data is None else np.array(memoryview(data).cast("i"))
+            data: Any = frame.side_data.get("DISPLAYMATRIX")
+            values = np.frombuffer(bytes(data), np.int32) if data else np.zeros(9, np.int32)
             a, b, c, d = (int(values[i]) for i in (0, 1, 3, 4))
             if abs(b) > abs(a) and b and c:
                 self._matrix = (0, 1 if b > 0 else -1, 1 if c > 0 else -1, 0)

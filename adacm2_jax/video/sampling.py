@@ -64,7 +64,7 @@ def sample_times(
     """Chooses the instants whose frames are taken.
 
     Args:
-        duration: of the video, seconds.
+        duration: of the video, seconds from its start.
         sampling: mode "fps" gives start + k / fps below end, and at least one instant. Mode
             "uniform" cuts [start, end) into equal segments and gives their midpoints.
         start, end: the part of the video that counts, seconds; None for the video's own.

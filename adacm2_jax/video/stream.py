@@ -25,6 +25,7 @@ class Row:
       total: frames that it will have.
       chunks: the rest of it.
       error: why it could not be read to its end, or None.
+      times: float64[n], instants of the frames handed out so far, seconds from the file's start.
     """
 
     number: int
@@ -32,7 +33,7 @@ class Row:
     total: int
     chunks: Iterator[Chunk]
     error: str | None = None
-    times: Any = dataclasses.field(default_factory=lambda: np.zeros(0))
+    times: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
 
 
 @dataclasses.dataclass

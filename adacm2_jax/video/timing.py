@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import av
 import numpy as np
-from av.format import Flags
 
 from adacm2_jax.errors import DataError
 from adacm2_jax.video.container import VideoFile
@@ -27,6 +26,8 @@ _REORDERED = 64
 _LATE_START = 0.5
 # Of more packets without time stamp than one in so many the frames are counted instead.
 _FEW_UNTIMED = 20
+# FFmpeg's flag of formats without time stamps, AVFMT_NOTIMESTAMPS.
+_NO_TIMESTAMPS = 0x80
 _EBML, _SEGMENT = b"\x1aE\xdf\xa3", b"\x18S\x80g"
 
 
@@ -40,6 +41,7 @@ class Timing(NamedTuple):
         fps: average frames per second; 0.0 where the file does not say.
         by_packets: frames have no time stamps of their own; the n-th shown takes the time of the
             n-th packet.
+        counted: nor have packets, or not to be trusted; they follow each other by their lengths.
         seekable: whether time stamps stay right after a seek.
     """
 
@@ -48,6 +50,7 @@ class Timing(NamedTuple):
     duration: float
     fps: float
     by_packets: bool
+    counted: bool
     seekable: bool
 
 
@@ -71,7 +74,7 @@ def measure(file: VideoFile) -> Timing:
     stream, clock = file.stream, file.clock
     fps = float(stream.average_rate or stream.guessed_rate or 0)
     start = stream.start_time or 0
-    untimed = bool(int(file.container.format.flags) & Flags.no_timestamps.value)
+    untimed = bool(file.container.format.flags & _NO_TIMESTAMPS)
     seconds = 0.0
     # AVI stores no presentation times; nor does Matroska in the way it takes over codecs from AVI.
     by_packets = file.format == "avi"
@@ -83,14 +86,16 @@ def measure(file: VideoFile) -> Timing:
         by_packets = stream.codec_context.codec_tag.strip("\0") != ""
         seconds = _matroska_duration(file)
     first = start
+    counted = False
     if not seconds:
         scan = _scan(file)
         seconds, start, first = _length(file, scan), scan.start, scan.start
         if scan.untimed:
             by_packets, first = True, scan.first_slot
+            counted = untimed or file.format == "mpeg"
         if scan.period and (untimed or not stream.average_rate):
             fps = 1.0 / scan.period
-    begins = max(0.0, start * clock - _origin(file, start))
+    begins = round(start * clock - _origin(file, start), 9)  # rounding leaves no 1e-16
     reordered = stream.codec_context.reorder_depth > 0
     return Timing(
         start=first,
@@ -98,6 +103,7 @@ def measure(file: VideoFile) -> Timing:
         duration=begins + seconds,
         fps=fps,
         by_packets=by_packets,
+        counted=counted,
         seekable=not untimed and not (by_packets and reordered),
     )
 
@@ -105,6 +111,19 @@ def measure(file: VideoFile) -> Timing:
 def tolerance(fps: float) -> float:
     """Seconds by which a header may overstate the end: max(1 s, two frame periods)."""
     return max(1.0, 2.0 / fps if fps else 0.0)
+
+
+def next_slot(expected: int | None, pts: int | None, dts: int | None, slack: float) -> int:
+    """The time of a packet, in ticks, of a file that does not tell those of frames.
+
+    Args:
+        expected: where the packet before ends; None for the first.
+        pts, dts: stamps of the packet.
+        slack: ticks by which the stamp may be wrong.
+    """
+    if dts is None:
+        return expected if expected is not None else pts or 0
+    return dts if expected is None or abs(dts - expected) > slack else expected
 
 
 def goes_back(name: str, before: float, after: float) -> DataError:
@@ -148,14 +167,17 @@ def _scan(file: VideoFile) -> _Scan:
     shown, decoded, slots = array("q"), array("q"), array("q")
     period = max(1, round(1.0 / (float(file.stream.guessed_rate or 25) * file.clock)))
     untimed, slot, length = 0, None, 0
-    latest, last_length = None, 0
+    # A program stream has one stamp for all the frames that begin in one of its packs of 2 KB, and
+    # FFmpeg may give it to the wrong one.
+    counted = file.format == "mpeg" or bool(file.container.format.flags & _NO_TIMESTAMPS)
+    slack = BACKWARD_SLACK / file.clock
+    latest, last_length, end_of_packets = None, 0, 0
     for packet in file.packets():
         if not packet.size:
             continue
         pts, dts = packet.pts, packet.dts
         length = packet.duration or period
-        if dts is not None or slot is None:
-            slot = dts if dts is not None else pts or 0
+        slot = next_slot(slot, pts, dts, slack if counted else 0)
         slots.append(slot)
         slot += length
         untimed += pts is None
@@ -166,11 +188,14 @@ def _scan(file: VideoFile) -> _Scan:
         stamp = dts if dts is not None else pts
         if stamp is not None:
             decoded.append(stamp)
+        end_of_packets = (packet.pos or 0) + packet.size
+    _check_last(file, end_of_packets)
     file.reopen()
     if not slots:
         return _Scan(0, 0, period * file.clock, 0.0, False)
     _check_forward(file, np.array(decoded))
-    if untimed * _FEW_UNTIMED > len(slots):
+    unsteady = file.format == "mpeg" and bool(np.any(np.diff(np.array(decoded)) <= 0))
+    if unsteady or untimed * _FEW_UNTIMED > len(slots):
         first, end = slots[0], slots[-1] + length
         mean = (end - first) / len(slots) * file.clock
         start = shown[0] if shown else first
@@ -227,13 +252,11 @@ def _mp4_duration(file: VideoFile) -> float:
     if not stream.codec_context.has_b_frames or not len(entries):
         return claim
     end = 0
-    try:
-        file.container.seek(entries[-1].timestamp, stream=stream)
+    if file.seek(entries[-1].timestamp):
         for packet in file.packets():
             if packet.size and packet.pts is not None:
                 end = max(end, packet.pts + (packet.duration or 0))
-        file.container.seek(entries[0].timestamp, stream=stream)
-    except av.FFmpegError:
+    if not file.seek(entries[0].timestamp):
         file.reopen()
     return max(claim, (end - (stream.start_time or 0)) * clock)
 
@@ -281,10 +304,23 @@ def _check_single(file: VideoFile) -> None:
         head = file.read(struct.unpack("<I", file.read(4, 4))[0] + 8, 12)
         again = head[:4] == b"RIFF" and head[8:] == b"AVI "  # "AVIX" is the same file's next part
     if again:
-        raise DataError(
-            f"{file.name}: is several files, one behind the other: give them one by one, or join "
-            "them by ffmpeg -f concat"
-        )
+        raise _several(file)
+
+
+def _check_last(file: VideoFile, end: int) -> None:
+    """Finds a second file behind the last packet, at which some demuxers stop."""
+    head = file.read(0, 9)
+    if any(name in file.format for name in ("flv", "asf", "nut")):
+        # After the picture's last packet some sound may come.
+        if head in file.read(end, 1 << 20):
+            raise _several(file)
+
+
+def _several(file: VideoFile) -> DataError:
+    return DataError(
+        f"{file.name}: is several files, one behind the other: give them one by one, or join them "
+        "by ffmpeg -f concat"
+    )
 
 
 def _cut_avi_duration(file: VideoFile) -> float:

@@ -77,6 +77,19 @@ def test_answer_may_be_absent_only_where_it_is_not_needed(write):
         ({**LINE, "start": 5, "end": 2}, "field 'end': 2 s is not after start=5 s; swap them"),
         ({**LINE, "end": 0}, "field 'end': 0 s is not after start=0 s"),
         ({**LINE, "id": 7}, "field 'id': is the number 7; give a string"),
+        # Half of a surrogate pair: "\ud83d" is the beginning of an emoji.
+        ({**LINE, "question": "what \ud83d"}, "field 'question' is no text at character 6"),
+        ({**LINE, "video": "\udcff.mp4"}, "field 'video' is no text at character 1"),
+        ({**LINE, "id": "x\ud83d"}, "field 'id' is no text at character 2"),
+        (
+            '{"video": "a", "question": "?", "answer": "a", "answer": "b"}',
+            "field 'answer' is given 2 times; give it once",
+        ),
+        (
+            '{"video": "a", "question": "?", "answer": "a", "end": ' + "9" * 5000 + "}",
+            "is not JSON",
+        ),
+        ({**LINE, "start": 10**400}, "field 'start': 1000"),
     ],
 )
 def test_a_wrong_line_is_named_with_its_field_and_remedy(write, line, message):
@@ -109,6 +122,9 @@ def test_a_file_that_cannot_be_used_is_named(write, tmp_path):
     ]:
         with pytest.raises(DataError, match=message):
             JsonlSource(path)
+    with pytest.raises(DataError) as error:
+        JsonlSource(tmp_path / "a\x1b[31mb\n.jsonl")
+    assert str(error.value) == f"{tmp_path}/a\\x1b[31mb\\n.jsonl: no such file: check the path"
     (tmp_path / "latin.jsonl").write_bytes(b'{"video": "\xe9"}')
     with pytest.raises(DataError, match="is not UTF-8"):
         JsonlSource(tmp_path / "latin.jsonl")

@@ -7,6 +7,7 @@ import pytest
 
 from adacm2_jax.errors import DataError
 from adacm2_jax.video.frames import Sampling
+from adacm2_jax.video.resize import RESIZES
 from data.jsonl import Example
 from data.pipeline import LoadClip, clips, stack, training_batches
 from tests.video.make_videos import encode, numbered_frames, read_numbers
@@ -127,6 +128,19 @@ def test_a_bad_video_is_an_empty_clip_and_is_logged(source, caplog):
     assert not batch["valid"][row].any() and not batch["frames"][row].any()
     assert batch["answer"][row] == "" and batch["valid"].sum() == 8
     assert any("skipped broken" in line and "gone.mp4" in line for line in caplog.messages)
+
+
+def test_whatever_a_video_raises_is_an_empty_clip_and_is_logged(source, caplog, monkeypatch):
+    def clean(picture, size, resize=RESIZES["clean"]):
+        return resize(picture, size) if picture.shape == (64, 64, 3) else 1 / 0
+
+    monkeypatch.setitem(RESIZES, "clean", clean)
+    odd = encode(None, numbered_frames(8, 96, 96), fps=8)
+    broken = Videos([*source[:2], Example("odd", odd, "q", "a", None, None)])
+    with caplog.at_level(logging.WARNING):
+        (batch,) = take(broken, 1)
+    assert batch["valid"].sum(1)[batch["index"] == 2].tolist() == [0] and batch["valid"].sum() == 8
+    assert any("skipped odd" in line and "ZeroDivisionError" in line for line in caplog.messages)
 
 
 def test_too_few_examples_are_refused(source):

@@ -14,6 +14,7 @@ import time
 import grain
 import numpy as np
 
+from adacm2_jax.errors import UserError
 from data.pipeline import training_batches
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -53,10 +54,39 @@ def test_a_signal_to_the_whole_job_leaves_the_last_batch_and_a_kill_leaves_no_pr
     assert not any(map(lives, workers))
 
 
+def test_a_decoding_process_that_is_killed_is_told_in_one_line():
+    command = [sys.executable, "-m", "tests.data.test_workers", "kill"]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=90)
+    killed, full = done.stdout.splitlines()
+    assert killed.startswith("a decoding process was ended by SIGKILL (memory that runs out is")
+    # What writing to a full /dev/shm ends in.
+    assert full.startswith("no room in the shared memory /dev/shm, through which decoding")
+    assert "data.workers=2" in killed and "data.workers=2" in full
+    assert done.returncode == 0, done.stderr
+
+
+def kill_one(number: int) -> None:
+    """Kills a decoding process and prints what its reader then says."""
+    clips = grain.MapDataset.source(range(16)).seed(0).random_map(slow)
+    batches = training_batches(clips, batch_size=1, seed=0, workers=2)
+    next(batches)
+    os.kill(multiprocessing.active_children()[0].pid, number)
+    try:
+        for _ in range(20):
+            next(batches)
+    except UserError as error:
+        print(error, flush=True)
+    batches.close()
+
+
 def main() -> None:
     from absl import flags
 
     flags.FLAGS(sys.argv[:1])  # Grain's workers read flags
+    if sys.argv[1:]:
+        kill_one(signal.SIGKILL)
+        kill_one(signal.SIGBUS)
+        os._exit(0)
     asked = []
     signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     clips = grain.MapDataset.source(range(16)).seed(0).random_map(slow)

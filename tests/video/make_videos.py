@@ -89,6 +89,7 @@ def encode(
     pixel_format: str = "yuv420p",
     sound: bool = False,
     longer_sound: float = 0.0,
+    sound_start: float = 0.0,
 ) -> bytes:
     """Encodes RGB frames, and writes them to `target` where one is given.
 
@@ -102,6 +103,7 @@ def encode(
         pixel_format: what the encoder is given.
         sound: adds a track of silent AAC (Opus in WebM) as long as the video, ...
         longer_sound: ... and by so many seconds longer.
+        sound_start: when the sound begins, seconds.
     Returns:
         The encoded file.
     """
@@ -120,7 +122,7 @@ def encode(
         if sound:
             audio = output.add_stream("libopus" if container == "webm" else "aac", rate=RATE)
             audio.layout = "mono"
-        sounded = 0
+        sounded = round(sound_start * RATE)
         for i, picture in enumerate(frames):
             if i == 0:
                 stream.height, stream.width = picture.shape[:2]
@@ -223,6 +225,26 @@ def add_cover(source: str | os.PathLike, target: str | os.PathLike) -> None:
             if packet.dts is not None:
                 packet.stream = copies[packet.stream.index]
                 output.mux(packet)
+
+
+def with_hole(data: bytes, start: float, end: float) -> bytes:
+    """Zeros from one share of a file to another, as a disk leaves what was never written."""
+    first, last = int(len(data) * start), int(len(data) * end)
+    return data[:first] + bytes(last - first) + data[last:]
+
+
+def with_matrix(path: str | os.PathLike, count: int, matrix: int) -> None:
+    """Writes an MP4 file of numbered frames that names a colour matrix, by FFmpeg's number."""
+    with av.open(os.fspath(path), "w", format="mp4") as output:
+        stream = output.add_stream("libx264", rate=10)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.colorspace = matrix
+        for i, picture in enumerate(numbered_frames(count)):
+            frame = av.VideoFrame.from_ndarray(picture, "rgb24").reformat(format="yuv420p")
+            frame.pts, frame.time_base, frame.colorspace = i, Fraction(1, 10), matrix
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
 
 
 def numbers_at(times: np.ndarray, fps: float, count: int) -> list[int]:

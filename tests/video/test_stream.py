@@ -5,9 +5,10 @@ import pytest
 
 from adacm2_jax.errors import DataError
 from adacm2_jax.video.frames import Sampling, read_clip
+from adacm2_jax.video.resize import RESIZES
 from adacm2_jax.video.stream import open_video, video_batches
 from data.jsonl import Example
-from tests.video.make_videos import encode, numbered_frames, read_numbers
+from tests.video.make_videos import encode, numbered_frames, read_numbers, with_matrix
 
 
 def example(name: str, video, start=None, end=None) -> Example:
@@ -91,6 +92,55 @@ def test_a_row_that_breaks_off_does_not_touch_its_neighbour():
     assert numbers[1] == list(range(100)) and 0 < len(numbers[0]) < 100
     (batch, _, numbers), *_ = read([example("cut", cut)], on_truncated="use")[0]
     assert batch.rows[0].error is None and numbers[0] == list(range(len(numbers[0])))
+
+
+def test_a_mistagged_video_is_answered_like_the_others(tmp_path):
+    with_matrix(tmp_path / "odd.mp4", 20, 8)  # YCgCo, which FFmpeg cannot convert
+    good = encode(None, numbered_frames(20), fps=10)
+    said: list[str] = []
+    names = ["one", "odd", "two", "three"]
+    videos = [good, str(tmp_path / "odd.mp4"), good, good]
+    batches, bad = read(list(map(example, names, videos)), on_warning=said.append)
+    assert not bad and all(row.error is None for batch, _, _ in batches for row in batch.rows)
+    assert [row for _, _, rows in batches for row in rows] == [list(range(20))] * 4
+    assert len(said) == 1 and "odd.mp4: its colour matrix (number 8) cannot be converted" in said[0]
+
+
+def test_whatever_a_video_raises_fails_its_row_alone(monkeypatch):
+    def clean(picture, size, resize=RESIZES["clean"]):
+        return resize(picture, size) if picture.shape == (64, 64, 3) else 1 / 0
+
+    monkeypatch.setitem(RESIZES, "clean", clean)
+    good, odd = (encode(None, numbered_frames(20, n, n), fps=10) for n in (64, 96))
+    rows = list(map(example, ["one", "odd", "two", "three"], [good, odd, good, good]))
+    batches, bad = read(rows)
+    assert not bad
+    errors = {row.example.id: row.error for batch, _, _ in batches for row in batch.rows}
+    assert len(errors) == 4
+    assert errors.pop("odd").startswith(f"<{len(odd)} bytes>: cannot be read (ZeroDivisionError")
+    assert set(errors.values()) == {None}
+    assert [row for _, _, rows in batches for row in rows if row] == [list(range(20))] * 3
+
+
+def test_a_row_knows_the_instants_of_what_was_handed_out():
+    video = encode(None, numbered_frames(9), fps=10)
+    examples = [example("a", video), example("b", video, 0.25, 0.65)]
+    batches = video_batches(
+        examples,
+        batch_size=2,
+        chunk=4,
+        size=64,
+        workers=1,
+        on_bad_video=lambda *_: None,
+        sampling=Sampling("fps", 10),
+    )
+    batch = next(batches)
+    assert [row.times.tolist() for row in batch.rows] == [[], []]
+    next(batch.chunks)
+    assert [len(row.times) for row in batch.rows] == [4, 4]
+    list(batch.chunks)
+    np.testing.assert_allclose(batch.rows[0].times, np.arange(9) / 10)
+    np.testing.assert_allclose(batch.rows[1].times, [0.25, 0.35, 0.45, 0.55])
 
 
 def test_chunks_are_the_clip():
