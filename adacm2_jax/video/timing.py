@@ -1,8 +1,8 @@
 """When a video's picture begins and ends, and whether its clock can be trusted.
 
 MP4, Matroska and AVI tell by their headers and indexes. All others are read through once, packets
-alone: their headers say nothing, or leave open what they count from. That takes about a second for
-a gigabyte.
+alone: their headers say nothing, or leave open what they count from. That takes some 3 s for a
+gigabyte.
 """
 
 from __future__ import annotations
