@@ -141,8 +141,7 @@ def train_and_evaluate(
 
         def stop(step: int, number: int) -> NoReturn:
             checkpoints.wait()
-            if is_main():
-                print(f"stopped after step {step}; the same command goes on", flush=True)
+            print(f"stopped after step {step}; the same command goes on", flush=True)
             sys.exit(128 + number)
 
         callbacks = Callbacks(

@@ -1,4 +1,4 @@
-"""What the tests of data/ share with those of videos."""
+"""What the tests of data/ share with those of video files."""
 
 from tests.video.conftest import decoded
 

@@ -254,12 +254,12 @@ def test_what_no_cache_can_have_is_refused(source, options):
 
 
 def test_no_cache_and_half_a_cache_are_refused(source, tmp_path):
-    with pytest.raises(DataError, match=r"no manifest\.json there; run prepare\.py"):
+    with pytest.raises(DataError, match=r"no manifest\.json there; run adacm2 prepare"):
         opened(tmp_path, source)
     manifest = write(tmp_path, source)
     shard_path(tmp_path, manifest, 1).unlink()
     assert missing_shards(tmp_path, manifest) == [1]
-    with pytest.raises(DataError, match=r"1 of 3 shards are missing; run prepare\.py again"):
+    with pytest.raises(DataError, match=r"1 of 3 shards are missing; run adacm2 prepare again"):
         opened(tmp_path, source)
 
 

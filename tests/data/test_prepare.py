@@ -166,7 +166,7 @@ def test_a_killed_job_goes_on_with_the_shards_that_are_missing(prepared, data_di
     started.wait()
     left = {path.name: path.stat().st_mtime_ns for path in output.glob("features-*")}
     assert 0 < len(left) < 8 and "done" not in read_manifest(output)
-    assert prepare(*command[2:]) == 0
+    assert prepare(*command[4:]) == 0
     assert shards(output) == shards(prepared)
     assert (output / "manifest.json").read_text() == (prepared / "manifest.json").read_text()
     assert not list(output.glob(".*"))

@@ -7,7 +7,7 @@ import pytest
 
 from adacm2_jax.port.importer import import_checkpoint
 from adacm2_jax.port.store import open_ours
-from data.needle.render import draw_video, encode, load_digits
+from data.needle.render import draw_video, encode, load_digits, plan_video
 from tests.parity import checkpoints
 from tests.small import run_script
 
@@ -45,8 +45,8 @@ def weights(tmp_path_factory):
 @pytest.fixture(scope="module")
 def video(tmp_path_factory):
     file = tmp_path_factory.mktemp("video") / "clip.mp4"
-    frames, *_ = draw_video(*load_digits("test"), 8, np.random.default_rng(0), repeat=True)
-    file.write_bytes(encode(frames))
+    rng, (digits, labels) = np.random.default_rng(0), load_digits("test")
+    file.write_bytes(encode(draw_video(plan_video(len(labels), 8, rng), digits, rng)))
     return file
 
 
