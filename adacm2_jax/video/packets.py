@@ -17,6 +17,8 @@ _HEAD = bytes(8)
 _HOLE = bytes(512)
 # Pictures that come later than so many frames after the one before make it worth a look.
 _LATE_FRAMES = 2.5
+# With B-frames, FFmpeg tells the time after a gap some packets later.
+_LAST_PACKETS = 20
 # A packet of ASF may lie anywhere in a larger one.
 _LARGE_PACKET = 1 << 16
 _BLOCK, _MOST_BLOCKS = 1 << 20, 64
@@ -81,6 +83,11 @@ class PacketReader:
         self._never_zero = codec.startswith(_NEVER_ZERO)
         self._period = max(1, round(1 / (file.clock * (timing.fps or 25))))
         self._slack = BACKWARD_SLACK / file.clock if timing.counted else 0.0
+        # The silence of uncompressed sound is zeros, too.
+        self._silent = any(
+            track.codec_context is not None and track.codec_context.name.startswith("pcm")
+            for track in file.container.streams.audio
+        )
         self._spread = "asf" in file.format
         self._indexed = file.format == "avi" and len(file.stream.index_entries) > 0
         self.passed_over, self.damaged_frames, self.lost = 0, 0, 0.0
@@ -94,6 +101,7 @@ class PacketReader:
         self._last: int | None = None
         self._stamps: tuple[int, ...] = ()
         self._behind = 0
+        self._gaps: deque[tuple[int, int]] = deque(maxlen=_LAST_PACKETS)
         self.end: int | None = None
 
     def report(self) -> str:
@@ -143,16 +151,14 @@ class PacketReader:
             stamp = self._slot(packet)
             self._clock.send(stamp)
             packet.pts = stamp  # comes back with the packet's frame
+        late = 0
         if stamp is not None:
             self._check_forward(stamp)
-            if self._last is not None and stamp - self._last > _LATE_FRAMES * self._period:
-                if self._has_hole(packet.pos):
-                    self.lost += (stamp - self._last - self._period) * self._file.clock
+            late = stamp - self._last if self._last is not None else 0
             self._last = stamp
-        if packet.pos is not None:
-            self.end = packet.pos + packet.size
-        elif self.end is not None:
-            self.end += packet.size
+        self._note_place(packet)
+        if late > _LATE_FRAMES * self._period and self._has_hole():
+            self.lost += (late - self._period) * self._file.clock
         zero = self._never_zero and bytes(memoryview(packet)[:8]) == _HEAD
         return not (packet.is_corrupt or zero)
 
@@ -184,14 +190,28 @@ class PacketReader:
         self._behind = 0
         self._stamps = (*stamps[-1:], stamp)
 
-    def _has_hole(self, position: int | None) -> bool:
-        """Tells whether there are zeros between the last packet and one at a later position."""
-        if self.end is None or position is None:
-            return False
-        start, end = self.end, position
-        if self._spread:
-            start, end = start - _LARGE_PACKET, max(end, start) + _LARGE_PACKET
-        start = max(0, start)
+    def _note_place(self, packet: av.Packet) -> None:
+        """Notes bytes of the file that belong to no packet of the picture."""
+        if packet.pos is None:
+            if self.end is not None:
+                self.end += packet.size
+            return
+        if self.end is not None:
+            start, end = self.end, packet.pos
+            if self._spread:
+                start, end = start - _LARGE_PACKET, max(end, start) + _LARGE_PACKET
+            if end - start >= len(_HOLE):
+                self._gaps.append((max(0, start), end))
+        self.end = packet.pos + packet.size
+
+    def _has_hole(self) -> bool:
+        """Tells whether there are zeros between the last packets."""
+        while self._gaps and not self._silent:
+            if self._has_zeros(*self._gaps.popleft()):
+                return True
+        return False
+
+    def _has_zeros(self, start: int, end: int) -> bool:
         for place in range(start, min(end, start + _MOST_BLOCKS * _BLOCK), _BLOCK):
             # Blocks overlap, so that no run is cut in two.
             block = self._file.read(place, min(_BLOCK + len(_HOLE), end - place))

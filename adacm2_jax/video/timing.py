@@ -72,7 +72,8 @@ def measure(file: VideoFile) -> Timing:
     """
     _check_single(file)
     stream, clock = file.stream, file.clock
-    fps = float(stream.average_rate or stream.guessed_rate or 0)
+    average, reordered = stream.average_rate, stream.codec_context.reorder_depth > 0
+    fps = float(average or stream.guessed_rate or 0)
     start = stream.start_time or 0
     untimed = bool(file.container.format.flags & _NO_TIMESTAMPS)
     seconds = 0.0
@@ -93,10 +94,9 @@ def measure(file: VideoFile) -> Timing:
         if scan.untimed:
             by_packets, first = True, scan.first_slot
             counted = untimed or file.format == "mpeg"
-        if scan.period and (untimed or not stream.average_rate):
+        if scan.period and (untimed or not average):
             fps = 1.0 / scan.period
     begins = round(start * clock - _origin(file, start), 9)  # rounding leaves no 1e-16
-    reordered = stream.codec_context.reorder_depth > 0
     return Timing(
         start=first,
         begins=begins,
@@ -247,7 +247,7 @@ def _mp4_duration(file: VideoFile) -> float:
     frames shown do, so the last group of pictures is asked.
     """
     stream, clock = file.stream, file.clock
-    claim = (stream.duration or 0) * clock
+    start, claim = stream.start_time or 0, (stream.duration or 0) * clock
     entries = stream.index_entries
     if not stream.codec_context.has_b_frames or not len(entries):
         return claim
@@ -258,7 +258,7 @@ def _mp4_duration(file: VideoFile) -> float:
                 end = max(end, packet.pts + (packet.duration or 0))
     if not file.seek(entries[0].timestamp):
         file.reopen()
-    return max(claim, (end - (stream.start_time or 0)) * clock)
+    return max(claim, (end - start) * clock)
 
 
 def _matroska_duration(file: VideoFile) -> float:

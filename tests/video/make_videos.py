@@ -90,6 +90,7 @@ def encode(
     sound: bool = False,
     longer_sound: float = 0.0,
     sound_start: float = 0.0,
+    silence: str = "",
 ) -> bytes:
     """Encodes RGB frames, and writes them to `target` where one is given.
 
@@ -104,6 +105,7 @@ def encode(
         sound: adds a track of silent AAC (Opus in WebM) as long as the video, ...
         longer_sound: ... and by so many seconds longer.
         sound_start: when the sound begins, seconds.
+        silence: adds the track of sound, in this codec.
     Returns:
         The encoded file.
     """
@@ -119,8 +121,9 @@ def encode(
         stream.pix_fmt = pixel_format
         stream.codec_context.time_base = clock
         audio = None
-        if sound:
-            audio = output.add_stream("libopus" if container == "webm" else "aac", rate=RATE)
+        if sound or silence:
+            usual = "libopus" if container == "webm" else "aac"
+            audio = output.add_stream(silence or usual, rate=RATE)
             audio.layout = "mono"
         sounded = round(sound_start * RATE)
         for i, picture in enumerate(frames):
@@ -133,12 +136,12 @@ def encode(
             output.mux(stream.encode(frame))
             # Interleaved, as cameras write it.
             while audio is not None and sounded < (last + 1 / Fraction(fps)) * RATE:
-                output.mux(audio.encode(_silence(sounded, 960)))
+                output.mux(audio.encode(_silence(sounded, 960, bool(silence))))
                 sounded += 960
         output.mux(stream.encode(None))
         if audio is not None:
             while sounded < (last + 1 / Fraction(fps) + longer_sound) * RATE:
-                output.mux(audio.encode(_silence(sounded, 960)))
+                output.mux(audio.encode(_silence(sounded, 960, bool(silence))))
                 sounded += 960
             output.mux(audio.encode(None))
     data = path.read_bytes()
@@ -169,10 +172,9 @@ def _same_priority() -> Iterator[None]:
         os.sched_setscheduler(0, policy, priority)
 
 
-def _silence(start: int, samples: int) -> av.AudioFrame:
-    frame = av.AudioFrame.from_ndarray(
-        np.zeros((1, samples), np.float32), format="fltp", layout="mono"
-    )
+def _silence(start: int, samples: int, pcm: bool = False) -> av.AudioFrame:
+    kind, name = (np.int16, "s16") if pcm else (np.float32, "fltp")
+    frame = av.AudioFrame.from_ndarray(np.zeros((1, samples), kind), format=name, layout="mono")
     frame.sample_rate, frame.pts, frame.time_base = RATE, start, Fraction(1, RATE)
     return frame
 

@@ -62,6 +62,15 @@ def test_a_hole_in_the_middle_is_told_and_shifts_nothing(name):
         assert numbers[-40:] == list(range(260, 300))
 
 
+def test_silence_beside_a_still_picture_is_no_hole(tmp_path):
+    times = [i / 10 for i in range(20)] + [5 + i / 10 for i in range(20)]
+    path = tmp_path / "still.mkv"
+    encode(path, numbered_frames(40), times=times, container="matroska", silence="pcm_s16le")
+    said: list[str] = []
+    frames = read_clip(path, Sampling(fps=5), size=64, on_warning=said.append)
+    assert read_numbers(frames) == [*range(0, 20, 2), *[19] * 15, *range(20, 40, 2)] and not said
+
+
 @pytest.mark.parametrize("matrix", [8, 10, 11, 12, 13, 14])
 def test_a_colour_matrix_that_cannot_be_converted_is_taken_as_unspecified(matrix, tmp_path):
     with_matrix(tmp_path / "odd.mp4", 5, matrix)
