@@ -48,6 +48,8 @@ STAGES = {
 
 
 def get_config(stage: str = "main") -> ml_collections.ConfigDict:
+    if stage not in STAGES:
+        raise ValueError(f"configs/needle.py:{stage}: the stages are {', '.join(STAGES)}")
     start, frames, batch_size, steps, learning_rate, max_text_len = STAGES[stage]
     memory = MemoryConfig(
         policy="full", max_frames=frames, recent_ratio="0.05", conserve_ratio="0.5"

@@ -78,12 +78,28 @@ def _add_shared(made: argparse.ArgumentParser) -> None:
         "--fps", type=float, default=1.0, help="frames read a second (default %(default)g)"
     )
     made.add_argument(
-        "--num-frames", type=int, default=0, help="read so many, evenly spread, instead of --fps"
+        "--num-frames", type=int, help="read so many, evenly spread, instead of --fps"
     )
     made.add_argument("--start", type=float, help="seconds: where the part that counts begins")
     made.add_argument("--end", type=float, help="seconds: where it ends")
-    made.add_argument("--policy", default="", help="memory policy (default: the run's)")
-    made.add_argument("--dtype", default="", help="of matrix products: float32 or bfloat16")
+    made.add_argument(
+        "--on-truncated",
+        default="",
+        choices=("error", "use"),
+        help="of a file that is cut short: refuse it, or use what could be read",
+    )
+    made.add_argument(
+        "--policy",
+        default="",
+        choices=("adacm2", "full", "recent", "uniform", "random", "budget", "merge"),
+        help="of the memory (default: the run's); budget and merge need a run that sets their size",
+    )
+    made.add_argument(
+        "--dtype",
+        default="",
+        choices=("float32", "bfloat16", "float16"),
+        help="of matrix products (default: the run's)",
+    )
     made.add_argument("--json", action="store_true", help="print JSON, one object a line")
     made.add_argument("--debug", action="store_true", help="show the traceback of an error")
 

@@ -90,12 +90,12 @@ def clock(seconds: float) -> str:
 
 
 def _model(args: argparse.Namespace) -> VideoModel:
-    return load(args.model, policy=args.policy, dtype=args.dtype)
+    return load(args.model, policy=args.policy, dtype=args.dtype, on_truncated=args.on_truncated)
 
 
 def _reading(args: argparse.Namespace) -> dict[str, Any]:
     sampling = dataclasses.replace(ONE_A_SECOND, fps=args.fps)
-    if args.num_frames:
+    if args.num_frames is not None:
         sampling = Sampling("uniform", num_frames=args.num_frames)
     return {"sampling": sampling, "start": args.start, "end": args.end}
 

@@ -195,6 +195,8 @@ class VideoModel:
           UserError: for fewer labels, or one that is too long.
           DataError: if the video cannot be read to its end.
         """
+        if isinstance(labels, str):
+            raise UserError(f"labels are one text, {labels!r}: give a list of them")
         labels = list(labels)
         if len(set(labels)) < 2 or len(set(labels)) < len(labels):
             raise UserError(f"labels are {labels!r}: give at least two, all different")

@@ -132,6 +132,8 @@ def directory(name: str, path: str) -> str:
       UserError: for an address in a bucket: each process would take it for a local directory; or
         for a file.
     """
+    if not path:
+        raise UserError(f"--{name} is empty; name a directory")
     if "://" in path:
         raise UserError(
             f"--{name}={path} must be a directory of a mounted file system, not an address in a "

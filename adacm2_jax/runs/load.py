@@ -54,6 +54,7 @@ def load(
     memory: dict[str, Any] | None = None,
     generation: dict[str, Any] | None = None,
     dtype: str = "",
+    on_truncated: str = "",
     mesh: tuple[int, int] | None = None,
 ) -> VideoModel:
     """Opens a model that answers questions about videos.
@@ -70,11 +71,15 @@ def load(
       memory: other fields of ``config.MemoryConfig``, such as ``{"recent_ratio": "0.2"}``.
       generation: other fields of ``GenerationConfig``, such as ``{"num_beams": 5}``.
       dtype: of matrix products, ``float32`` or ``bfloat16``; by default the run's.
+      on_truncated: of a file that is cut short: ``error``, or ``use`` what could be read; by
+        default the run's.
       mesh: devices along (data, model); by default the run's.
 
     Raises:
       UserError: if there is no model, it is damaged, or a value cannot be used.
     """
+    if dtype == "float64":
+        raise UserError("dtype is 'float64', which is for proofs; use float32, bfloat16 or float16")
     experiment = experiment_of(directory)
     model = experiment.model
     changed = _replace(model.memory, "memory", memory or {})
@@ -86,6 +91,9 @@ def load(
         model=model,
         generation=options,
         mesh=tuple(mesh or experiment.mesh),
+        data=dataclasses.replace(
+            experiment.data, on_truncated=on_truncated or experiment.data.on_truncated
+        ),
         eval=dataclasses.replace(experiment.eval, policies=policies),
     )
     processor = Processor.load(pathlib.Path(directory), model)

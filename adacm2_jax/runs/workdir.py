@@ -147,7 +147,7 @@ def read_config(workdir: str | os.PathLike) -> dict:
     path = epath.Path(workdir) / "config.json"
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{workdir}: no config.json here; is this a directory of train.py?"
         ) from None

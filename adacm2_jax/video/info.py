@@ -41,6 +41,6 @@ class TruncatedError(DataError):
 
     def __str__(self) -> str:
         return (
-            f"{self.args[0]}, so nothing was answered: {AGAIN}, or pass "
-            "--config.data.on_truncated=use to go on with the frames that are there"
+            f"{self.args[0]}, so nothing was answered: {AGAIN}, or go on with the frames that are "
+            "there: --on-truncated=use (adacm2 ask), --config.data.on_truncated=use (the scripts)"
         )

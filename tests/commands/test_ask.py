@@ -97,8 +97,13 @@ def test_bad_input_is_named(model, small_run, clip, tmp_path):
         model.ask(clip, "o\u00f9\udce9")
     with pytest.raises(UserError, match=r"memory\.ratio is unknown"):
         adacm2_jax.load(small_run, memory={"ratio": 1})
-    with pytest.raises(UserError, match=r"no config\.json here"):
-        adacm2_jax.load(tmp_path)
+    for place in (tmp_path, small_run / "config.json"):
+        with pytest.raises(UserError, match=r"no config\.json here"):
+            adacm2_jax.load(place)
+    with pytest.raises(UserError, match=r"dtype is 'float64'"):
+        adacm2_jax.load(small_run, dtype="float64")
+    with pytest.raises(UserError, match=r"labels are one text, '12'"):
+        model.choose(clip, "12")
 
 
 def test_the_command_answers_from_any_directory(small_run, clip, tmp_path):
@@ -146,7 +151,7 @@ def test_labels_on_the_command_line(small_run, clip, capsys):
     [
         (["--fps", "0"], ["sampling.fps=0"]),
         (["--start", "99"], ["clip.mp4", "start=99"]),
-        (["--policy", "best"], ["best", "adacm2"]),
+        (["--num-frames", "0"], ["num_frames=0"]),
         (["--output", "{clip}"], ["clip.mp4", "nothing can be written"]),
     ],
 )
