@@ -41,9 +41,9 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    "first": Stage("", 1, 64, 400, 1e-3, 16),
-    "second": Stage("first", 4, 32, 600, 8e-4, 16),
-    "main": Stage("second", 16, 16, 200, 5e-4, 32),
+    "first": Stage("", 1, 64, 700, 1e-3, 16),
+    "second": Stage("first", 4, 32, 1200, 7e-4, 16),
+    "main": Stage("second", 16, 16, 300, 4e-4, 32),
 }
 
 
@@ -52,7 +52,7 @@ def get_config(stage: str = "main") -> ml_collections.ConfigDict:
         raise ValueError(f"configs/needle.py:{stage}: the stages are {', '.join(STAGES)}")
     start, frames, batch_size, steps, learning_rate, max_text_len = STAGES[stage]
     memory = MemoryConfig(
-        policy="full", max_frames=frames, recent_ratio="0.05", conserve_ratio="0.5"
+        policy="full", max_frames=frames, recent_ratio="0.05", conserve_ratio="0.4"
     )
     model = tiny(memory=memory, remat=False, max_text_len=max_text_len, max_answer_len=4)
     config = base_config(model)
@@ -68,7 +68,6 @@ def get_config(stage: str = "main") -> ml_collections.ConfigDict:
     config.train.batch_size = batch_size
     config.train.steps = steps
     config.optim.learning_rate = learning_rate
-    config.optim.warmup_steps = 60
     # The order of the frames says nothing here, and rows of later frames would stay untrained.
     config.optim.groups = (("temporal_embed", None), (".*", 1.0))
     config.eval.batch_size = 50
