@@ -196,8 +196,16 @@ def iter_batches(batches: grain.MapDataset, workers: int) -> BatchReader:
         return BatchReader(iter(batches.to_iter_dataset(options)), 0)
     dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
     processes = grain.MultiprocessingOptions(num_workers=workers)
-    reader = dataset.mp_prefetch(processes, worker_init_fn=_live_as_long_as_parent)
-    return BatchReader(iter(reader), workers)
+    reader = iter(dataset.mp_prefetch(processes, worker_init_fn=_live_as_long_as_parent))
+    # A signal may go to all processes of a job, or of a terminal (Ctrl-C), at any moment. This one
+    # then wants a last batch from the others; so they are born deaf to it, which they stay.
+    held_back = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        reader.get_state()  # makes the iterators that are to start
+        reader.start_prefetch()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held_back)
+    return BatchReader(reader, workers)
 
 
 class BatchReader:
@@ -249,10 +257,8 @@ class BatchReader:
 
 
 def _live_as_long_as_parent(*_: int) -> None:
-    """In a decoding process. A SIGTERM may go to all processes of a job; the training process then
-    wants this one's batch for its last step. It ends this one when it ends, however that is."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all of a terminal's, too
+    """In a decoding process, which hears no signals: it ends when its parent does, however that
+    is."""
     parent = multiprocessing.parent_process()
 
     def follow() -> None:

@@ -9,6 +9,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import grain
@@ -33,7 +34,7 @@ def lives(process: int) -> bool:
     return state != "Z"  # a zombie has ended, and nobody has asked how
 
 
-def test_a_signal_to_the_whole_job_leaves_the_last_batch_and_a_kill_leaves_no_process():
+def test_a_signal_to_the_whole_job_leaves_the_next_batches_and_a_kill_leaves_no_process():
     command = [sys.executable, "-m", "tests.data.test_workers"]
     training = subprocess.Popen(
         command, cwd=ROOT, text=True, stdout=subprocess.PIPE, start_new_session=True
@@ -79,6 +80,13 @@ def kill_one(number: int) -> None:
     batches.close()
 
 
+def tell_children() -> None:
+    """Prints the decoding processes as soon as both are there, long before they decode."""
+    while len(children := multiprocessing.active_children()) < 2:
+        time.sleep(0.001)
+    print(*[child.pid for child in children], flush=True)
+
+
 def main() -> None:
     from absl import flags
 
@@ -91,8 +99,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     clips = grain.MapDataset.source(range(16)).seed(0).random_map(slow)
     batches = training_batches(clips, batch_size=1, seed=0, workers=2)
-    next(batches)
-    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    threading.Thread(target=tell_children, daemon=True).start()
     while not asked:
         next(batches)
     for _ in range(8):
