@@ -1,9 +1,10 @@
 """The paper's central claim on a laptop, in minutes: ``make quickstart``.
 
-Trains the tiny model on the needle task (videos in which one frame answers the question), on clips
-of up to 16 frames with every token kept, and then answers questions about videos of 16, 64 and 256
-frames under each memory policy. A tiny memory chosen by cross-attention answers as well as keeping
-everything; a memory of the same size filled otherwise does not.
+Makes a small ViT and trains the tiny model around it on the needle task (videos in which one frame
+answers the question), on clips of up to 16 frames with every token kept. Then it answers questions
+about videos of 16, 64 and 256 frames under each memory policy. A tiny memory chosen by
+cross-attention answers as well as keeping everything; a memory of the same size filled otherwise
+does not.
 
 Writes ``results.json``, ``results.png``, the trained model, two clips to ask about, and
 ``memory.png``, what the model remembered of the first, to the work directory.
@@ -20,21 +21,27 @@ import time
 
 import numpy as np
 from absl import flags
+from etils import epath
 
 from adacm2_jax.commands.evaluate import evaluate
 from adacm2_jax.commands.train import train_and_evaluate
 from adacm2_jax.files import write_json, write_text
 from adacm2_jax.inference.answerer import Answerer
 from adacm2_jax.inference.picture import Counts, draw_memory
-from adacm2_jax.inference.processor import Processor
+from adacm2_jax.inference.processor import Processor, train_tokenizers
 from adacm2_jax.memory.policies import plan_for
+from adacm2_jax.port.base import write_base
+from adacm2_jax.port.store import LazyArray
 from adacm2_jax.runs import app
 from adacm2_jax.runs.experiment import Experiment, read
 from adacm2_jax.runs.load import load_params, make_answerer
+from adacm2_jax.runs.workdir import is_base, saved_steps
+from adacm2_jax.training.pretrain import pretrain_vision
 from adacm2_jax.video.frames import read_clip
 from adacm2_jax.video.sampling import ONE_A_SECOND
 from configs import needle
 from data.needle.builder import build, make_record
+from data.needle.drawn import LABELS, labelled_frames
 from data.sources import open_source
 
 POLICIES = ("adacm2", "full", "uniform", "random", "recent")
@@ -46,10 +53,13 @@ CLIPS, CLIP_FRAMES, CLIP_SIZE = 2, 96, 256
 
 def main() -> None:
     workdir = pathlib.Path(flags.FLAGS.workdir)
+    if flags.FLAGS.vision_only:
+        return make_vision(workdir)
     start = time.perf_counter()
     # The test videos are made beside the training, which leaves a part of the processor idle.
     with concurrent.futures.ThreadPoolExecutor(1) as beside:
         videos = beside.submit(make_videos, workdir)
+        make_vision(workdir)
         for stage in needle.STAGES:
             train_stage(stage, workdir)
         if not videos.done():
@@ -87,26 +97,48 @@ def make_videos(workdir: pathlib.Path) -> list[dict]:
 
 def experiment_of(stage: str, workdir: pathlib.Path) -> Experiment:
     """The experiment of a stage in this work directory."""
-    config, before = needle.get_config(stage), needle.STAGES[stage].start
+    config = needle.get_config(stage)
     config.seed = flags.FLAGS.seed
-    config.init_from = str(workdir / before) if before else ""
+    config.init_from = str(workdir / needle.STAGES[stage].start)
     config.data.data_dir = str(workdir / "data")
+    config.data.needle.test_size = LENGTHS[16]
     config.checkpoint.every, config.checkpoint.keep = 200, 1
-    if stage == "main":
-        config.data.needle.test_size = LENGTHS[config.data.needle.num_frames]
-    else:
-        config.eval.limit = config.eval.batch_size  # a glance; the last stage is what counts
     return read(config)
+
+
+def make_vision(workdir: pathlib.Path) -> None:
+    """Makes the ViT, with the tokenizers beside it, unless it is there: what training starts from,
+    ``vision``."""
+    if is_base(workdir / "vision"):
+        return
+    batch_size, steps, learning_rate = needle.VISION
+    print(f"the ViT: {steps} steps, each of {batch_size} frames", flush=True)
+    first = experiment_of("first", workdir)
+    vision, seed = first.model.vision, first.seed
+    frames = labelled_frames(batch_size, vision.image_size, seed)
+    params = pretrain_vision(
+        vision, frames, LABELS, steps=steps, learning_rate=learning_rate, seed=seed
+    )
+    clips = open_source(first.data, "train")
+    texts = (text for clip in clips for text in (clip.question, clip.answer))
+    write_base(
+        epath.Path(workdir / "vision"),
+        first.model,
+        {path: LazyArray.of(values) for path, values in params.items()},
+        train_tokenizers(texts, first.model),
+        sources=["data/needle/drawn.py"],
+    )
 
 
 def train_stage(stage: str, workdir: pathlib.Path) -> None:
     """Trains a stage, or goes on with it; one that is done is left as it is."""
-    if (workdir / stage / "metrics.json").exists():
-        return
     _, frames, batch_size, steps, *_ = needle.STAGES[stage]
-    clips = f"{batch_size} clips of {frames} frame{'s' * (frames > 1)}"
-    print(f"stage {stage}: {steps} steps, each of {clips}", flush=True)
-    train_and_evaluate(experiment_of(stage, workdir), workdir / stage)
+    if saved_steps(workdir / stage)[-1:] == [steps]:
+        return
+    print(
+        f"stage {stage}: {steps} steps, each of {batch_size} clips of {frames} frames", flush=True
+    )
+    train_and_evaluate(experiment_of(stage, workdir), workdir / stage, at_the_end=False)
 
 
 def answer(frames: int, workdir: pathlib.Path) -> list[dict]:
@@ -249,4 +281,5 @@ This model has seen nothing but digits on coloured grounds; docs/ says how to go
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", "runs/quickstart", "Where everything is written.")
     flags.DEFINE_integer("seed", 0, "Of the model's first parameters and the order of the clips.")
+    flags.DEFINE_boolean("vision_only", False, "Make the ViT, which training starts from, alone.")
     app.run(main, sys.argv, __doc__)

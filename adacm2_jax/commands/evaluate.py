@@ -78,6 +78,9 @@ def evaluate(
             batches,
             ask_as=experiment.data.ask,
             rows=settings.batch_size,
+            text_width=answerer.text_width(
+                experiment.data.ask(example.question) for example in itertools.islice(source, count)
+            ),
             write=write,
             failed=note,
             progress=progress,

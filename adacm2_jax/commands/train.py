@@ -43,7 +43,10 @@ from data.training_set import clip_loader, training_set, warn_of_missing
 
 
 def train_and_evaluate(
-    experiment: Experiment, workdir: str | os.PathLike, profile: int = 0
+    experiment: Experiment,
+    workdir: str | os.PathLike,
+    profile: int = 0,
+    at_the_end: bool = True,
 ) -> dict:
     """Trains to ``train.steps`` and evaluates; returns the metrics of the evaluation.
 
@@ -53,6 +56,7 @@ def train_and_evaluate(
       experiment: what is trained.
       workdir: where the run is kept.
       profile: steps to trace, see runs/profiling.py.
+      at_the_end: whether the last step is evaluated; if not, there are no metrics.
 
     Raises:
       UserError: for a configuration, checkpoint or data set that cannot be used.
@@ -166,7 +170,7 @@ def train_and_evaluate(
             every=Every(config.train.log_every, config.checkpoint.every, config.eval.every),
             run=callbacks,
         )
-        return answer(state)
+        return answer(state) if at_the_end else {}
 
 
 def make_batch(rows: dict, experiment: Experiment, processor: Processor) -> Batch:

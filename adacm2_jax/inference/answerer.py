@@ -8,13 +8,13 @@ that is how policies are compared, and why their differences are the policies' o
 
 Any number of questions is served by few programs: the questions of a video are filled up to 1, 2,
 4, 8, 16, 32, 64, 96 … rows (:func:`bucket`), and what is answered in the rows that fill up is
-dropped.
+dropped; their texts are padded to 16, 32, 64 … tokens.
 """
 
 import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -131,8 +131,16 @@ class Answerer:
             for name, memory in memories.items()
         }
 
+    def text_width(self, questions: Iterable[str]) -> int:
+        """See ``Processor.width``."""
+        return self._processor.width(questions)
+
     def start(
-        self, questions: Sequence[str], total_frames: np.ndarray, seed: np.ndarray
+        self,
+        questions: Sequence[str],
+        total_frames: np.ndarray,
+        seed: np.ndarray,
+        text_width: int = 0,
     ) -> Reading:
         """Empty memories for rows of questions.
 
@@ -140,6 +148,7 @@ class Answerer:
           questions: k for each of V videos; those of one video stand together.
           total_frames: int[V], frames that each video will have, 0 for an open end.
           seed: uint32[V], of each video, for the random policy.
+          text_width: of :meth:`text_width`; by default that of these questions.
 
         Raises:
           UserError: if a question is too long, or policy ``full`` cannot hold a video.
@@ -166,7 +175,8 @@ class Answerer:
         order = np.minimum(np.arange(filled), each - 1) + each * np.arange(videos)[:, None]
         rows = (np.arange(each) + filled * np.arange(videos)[:, None]).reshape(-1)
         order = order.reshape(-1).astype(np.int32)
-        question = self._processor.questions([texts[row] for row in order])
+        width = text_width or self.text_width(texts)
+        question = self._processor.questions([texts[row] for row in order], width)
         per_row: Any = [np.repeat(np.asarray(each), filled) for each in (total_frames, seed)]
         states = {name: init_state(model.config, *per_row) for name, model in self.models.items()}
         self._rng, rng = jax.random.split(self._rng)

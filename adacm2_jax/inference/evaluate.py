@@ -24,6 +24,7 @@ def answer_batches(
     *,
     ask_as: Callable[[str], str],
     rows: int,
+    text_width: int,
     write: Callable[[Sequence[dict]], None],
     failed: Callable[[Any, str], None],
     progress: Progress,
@@ -35,6 +36,8 @@ def answer_batches(
       batches: of ``video.stream.video_batches``.
       ask_as: a question → what the networks read.
       rows: of a batch; a short one is filled up.
+      text_width: of ``Answerer.text_width``, for all questions: one program serves all batches, and
+        an answer does not depend on what else is in its batch.
       write: is given the lines of ``predictions.jsonl`` of every batch.
       failed: is told of every video that could not be read to its end, with the reason.
       progress: counts the videos.
@@ -48,7 +51,7 @@ def answer_batches(
         prompts = [ask_as(row.example.question) for row in batch.rows]
         totals = np.array([row.total for row in batch.rows] + [1] * spare)
         seeds = np.array([row.number for row in batch.rows] + [0] * spare)
-        reading = answerer.start(prompts + [""] * spare, totals, seeds)
+        reading = answerer.start(prompts + [""] * spare, totals, seeds, text_width)
         for frames, valid in batch.chunks:
             answerer.read(reading, frames, valid)
         for row in batch.rows:

@@ -2,8 +2,9 @@
 
 Two tokenizers, as in LAVIS's InstructBLIP (blip2_vicuna_instruct.py): a BERT one for the Q-Former
 (``[CLS] question [SEP]``) and a LLaMA one for the language model, where ``</s>`` opens and ends
-every text. Lengths are static: every text is padded to the configuration's limit. A longer question
-is refused; LAVIS would cut off its beginning.
+every text. Lengths are static: a text that is learned is padded to the configuration's limit, a
+question that is answered to a width that few programs serve (:meth:`Processor.width`). A question
+beyond the limit is refused; LAVIS would cut off its beginning.
 """
 
 import collections
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from adacm2_jax.models.adacm2 import Question
 
 QFORMER_DIR, LLM_DIR = "qformer_tokenizer", "llm_tokenizer"
+#: The narrowest that questions are padded to.
+_NARROWEST = 16
 
 
 class Processor:
@@ -102,11 +105,27 @@ class Processor:
         """
         self._llm.save(directory)
 
-    def questions(self, questions: Sequence[str]) -> "Question":
+    def width(self, questions: Iterable[str]) -> int:
+        """The tokens that questions are to be padded to, the same for all of them: 16, 32, 64 … and
+        ``max_text_len``.
+
+        Padding is masked and changes no answer, but every frame is read with all of it.
+
+        Raises:
+          UserError: for a question that is longer than the limit.
+        """
+        longest = max((len(ids) for text in questions for ids in self._encode(text)), default=0)
+        return min(max(_NARROWEST, 1 << (longest - 1).bit_length()), self._max_text)
+
+    def questions(self, questions: Sequence[str], width: int = 0) -> "Question":
         """Prompts to generate from: the language model's side is padded on the left.
 
+        Args:
+          questions: one a row.
+          width: S, what they are padded to; by default ``max_text_len``.
+
         Returns:
-          A ``Question`` of numpy arrays, each [B, max_text_len].
+          A ``Question`` of numpy arrays, each [B, S].
 
         Raises:
           UserError: for a question that is longer than the limit.
@@ -115,8 +134,9 @@ class Processor:
 
         encoded = [self._encode(question) for question in questions]
         qformer, llm = zip(*encoded, strict=True)
-        qformer_ids, qformer_mask = _pad(qformer, self._max_text, 0)
-        llm_ids, llm_mask = _pad(llm, self._max_text, self.pad_id, left=True)
+        width = width or self._max_text
+        qformer_ids, qformer_mask = _pad(qformer, width, 0)
+        llm_ids, llm_mask = _pad(llm, width, self.pad_id, left=True)
         return Question(qformer_ids, qformer_mask, llm_ids, llm_mask)
 
     def training(
@@ -197,9 +217,10 @@ def _load(
 
 
 def train_tokenizers(
-    texts: Iterable[str], config: AdaCM2Config, directory: str | pathlib.Path
+    texts: Iterable[str], config: AdaCM2Config, directory: str | pathlib.Path | None = None
 ) -> Processor:
-    """Learns both tokenizers from a corpus, for a model that starts from nothing, and saves them.
+    """Learns both tokenizers from a corpus, for a model that starts from nothing, and saves them
+    if a directory is given.
 
     A lower-casing WordPiece tokenizer of BERT's form and a byte-level BPE tokenizer with LAVIS's
     special tokens; neither is larger than the model's embedding tables. The same texts give the
@@ -250,7 +271,8 @@ def train_tokenizers(
         ),
         config,
     )
-    processor.save(directory)
+    if directory is not None:
+        processor.save(directory)
     return processor
 
 

@@ -30,12 +30,8 @@ from adacm2_jax.models.bank_qformer import BankQFormer
 from adacm2_jax.models.layers import ZEROS, Dense, LayerNorm, param, wide
 from adacm2_jax.models.llama import KVCache, Llama, init_cache
 from adacm2_jax.models.qformer import Chunk, QFormer
-from adacm2_jax.models.vit import VisionTransformer
+from adacm2_jax.models.vit import VisionTransformer, normalise
 from adacm2_jax.sharding import over_model
-
-#: CLIP's pixel statistics, for values in [0, 1].
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
-PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class StreamState(struct.PyTreeNode):
@@ -162,8 +158,7 @@ class AdaCM2(nn.Module):
             return frames.astype(self.config.feature_dtype)
 
         def encode(images: jax.Array) -> jax.Array:
-            pixels = images.astype(jnp.float32) / 255
-            pixels = (pixels - jnp.asarray(PIXEL_MEAN)) / jnp.asarray(PIXEL_STD)
+            pixels = normalise(images)
             return self.vision(pixels.astype(self.config.dtype)).astype(self.config.feature_dtype)
 
         images = frames.reshape((-1,) + frames.shape[2:])

@@ -25,6 +25,16 @@ from adacm2_jax.models.layers import (
     wide,
 )
 
+#: CLIP's pixel statistics, for values in [0, 1].
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def normalise(images: jax.Array) -> jax.Array:
+    """uint8[…, 3], RGB, as the ViT wants its pixels: float32, by CLIP's statistics."""
+    pixels = images.astype(jnp.float32) / 255
+    return (pixels - jnp.asarray(PIXEL_MEAN)) / jnp.asarray(PIXEL_STD)
+
 
 class Block(nn.Module):
     """A pre-norm block on float32[B, P, V], with matrix products in ``dtype``."""

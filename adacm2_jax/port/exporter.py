@@ -14,7 +14,7 @@ from adacm2_jax.config import AdaCM2Config
 from adacm2_jax.errors import UserError
 from adacm2_jax.files import write_json
 from adacm2_jax.inference.processor import Processor
-from adacm2_jax.models.adacm2 import PIXEL_MEAN, PIXEL_STD
+from adacm2_jax.models.vit import PIXEL_MEAN, PIXEL_STD
 from adacm2_jax.port import names
 from adacm2_jax.port.destination import check_room, open_destination, written_beside
 from adacm2_jax.port.formats import TorchParams, to_hugging_face_config

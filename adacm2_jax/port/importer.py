@@ -1,14 +1,4 @@
-"""PyTorch's checkpoints into ours.
-
-A converted checkpoint is a directory that ``init_from`` takes::
-
-    params/                              every parameter, an Orbax tree with flat names
-    config.json                          {"model": …}
-    {qformer,llm}_tokenizer/             Hugging Face tokenizers
-    base.json                            where it comes from, and its fingerprint
-
-It is written under another name and renamed when it is complete.
-"""
+"""PyTorch's checkpoints into ours."""
 
 import contextlib
 import os
@@ -18,16 +8,13 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
-from adacm2_jax.config import to_dict
 from adacm2_jax.errors import UserError
-from adacm2_jax.files import write_json
-from adacm2_jax.inference.processor import LLM_DIR, QFORMER_DIR, Processor
+from adacm2_jax.inference.processor import Processor
 from adacm2_jax.inference.tokenizers import check_vicuna, read_tokenizers
-from adacm2_jax.models.params import param_shapes
-from adacm2_jax.port.destination import check_room, open_destination, written_beside
+from adacm2_jax.port.base import write_base
+from adacm2_jax.port.destination import check_room, open_destination
 from adacm2_jax.port.formats import TorchCheckpoint, TorchParams, numpy_dtype, open_checkpoint
-from adacm2_jax.port.store import LazyArray, write_params
-from adacm2_jax.runs.workdir import PARAMS_DIR
+from adacm2_jax.port.store import LazyArray
 
 
 def import_checkpoint(
@@ -71,22 +58,16 @@ def import_checkpoint(
         params = lazy_params(stored, dtype)
         total = sum(value.nbytes for value in params.values())
         check_room(target, total)
-        with written_beside(target) as partial:
-            with tqdm(total=total, unit="B", unit_scale=True, desc="import", disable=None) as bar:
-                digest = write_params(partial / PARAMS_DIR, params, bar.update)
-            processor.save_qformer(partial / QFORMER_DIR)
-            processor.save_llm(partial / LLM_DIR)
-            write_json(partial / "config.json", {"model": to_dict(config)})
-            base = {
-                "fingerprint": digest,
-                "sources": [str(file) for part in source.sources for file in part.files],
-                "parameters": sum(value.size for value in params.values()),
-                "bytes": total,
-                "image_token": source.image_token,
-                "missing": sorted(set(param_shapes(config)) - set(params)),
-            }
-            write_json(partial / "base.json", base)  # last: its presence says that all is there
-    return base
+        with tqdm(total=total, unit="B", unit_scale=True, desc="import", disable=None) as bar:
+            return write_base(
+                target,
+                config,
+                params,
+                processor,
+                on_bytes=bar.update,
+                sources=[str(file) for part in source.sources for file in part.files],
+                image_token=source.image_token,
+            )
 
 
 def lazy_params(params: TorchParams, dtype: str = "") -> dict[str, LazyArray]:

@@ -43,6 +43,11 @@ class LazyArray:
     read: Callable[[int], np.ndarray]
     digest: str = ""
 
+    @classmethod
+    def of(cls, values: np.ndarray) -> "LazyArray":
+        """Values that are there already."""
+        return cls(values.shape, values.dtype, None, lambda _: values)
+
     @property
     def size(self) -> int:
         return math.prod(self.shape)

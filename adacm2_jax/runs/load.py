@@ -200,9 +200,17 @@ def start_params(
         print(f"base: {source}, fingerprint {base['fingerprint']}", flush=True)
     absent = sorted(set(traverse_util.flatten_dict(abstract, sep="/")) - set(found))
     if absent:
-        print(f"not in {source}, starts fresh: {', '.join(absent)}", flush=True)
+        print(f"not in {source}, starts fresh: {_in_short(absent)}", flush=True)
         found |= fresh_params(config, abstract, seed, absent)
     return join_params(found, {})
+
+
+def _in_short(paths: Sequence[str]) -> str:
+    """Parameters by name if they are few, else how many there are of which parts."""
+    if len(paths) <= 5:
+        return ", ".join(paths)
+    parts = dict.fromkeys(path.partition("/")[0] for path in paths)
+    return f"{len(paths)} parameters of {', '.join(parts)}"
 
 
 def resume_frozen(

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Iterator
 from typing import SupportsIndex
 
 import numpy as np
 
 from data.jsonl import Example
 from data.needle.builder import check_length, make_rng
-from data.needle.render import ask, draw_video, load_digits, plan_video
+from data.needle.render import COLOURS, ask, draw_frame, draw_video, load_digits, plan_video
+
+#: What a single frame shows → how many kinds of it there are.
+LABELS = {"digit": 10, "colour": len(COLOURS)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,3 +79,26 @@ class DrawnClips:
     def fingerprint(self) -> str:
         """The same: there is no file that could change."""
         return repr(self)
+
+
+def labelled_frames(
+    rows: int, size: int, seed: int = 0
+) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """Endless batches of single frames of the ``train`` split, with what they show.
+
+    Args:
+      rows: of a batch.
+      size: side of a frame, pixels.
+      seed: of all that is random.
+
+    Yields:
+      uint8[rows, size, size, 3], and int64[rows] for each of :data:`LABELS`.
+    """
+    digits, labels = load_digits("train")
+    rng, colours = np.random.default_rng(seed), list(COLOURS.values())
+    while True:
+        image, colour = rng.integers(len(labels), size=rows), rng.integers(len(colours), size=rows)
+        frames = [
+            draw_frame(digits[i], colours[c], rng, size) for i, c in zip(image, colour, strict=True)
+        ]
+        yield np.stack(frames), {"digit": labels[image], "colour": colour}

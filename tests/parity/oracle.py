@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from adacm2_jax.config import AdaCM2Config, LlamaConfig
-from adacm2_jax.models.adacm2 import PIXEL_MEAN, PIXEL_STD
+from adacm2_jax.models.vit import PIXEL_MEAN, PIXEL_STD
 
 #: Largest error allowed, relative to the largest magnitude in the oracle's tensor: some 80 times
 #: the spacing of float32, for sums of up to 6144 products in a few layers, rounded on both sides.
