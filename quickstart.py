@@ -278,8 +278,17 @@ This model has seen nothing but digits on coloured grounds; docs/ says how to go
 """
 
 
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    options = {"flag_values": values}
+    flags.DEFINE_string("workdir", "runs/quickstart", "Where everything is written.", **options)
+    flags.DEFINE_integer(
+        "seed", 0, "Of the model's first parameters and the order of the clips.", **options
+    )
+    flags.DEFINE_boolean(
+        "vision_only", False, "Make the ViT, which training starts from, alone.", **options
+    )
+
+
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", "runs/quickstart", "Where everything is written.")
-    flags.DEFINE_integer("seed", 0, "Of the model's first parameters and the order of the clips.")
-    flags.DEFINE_boolean("vision_only", False, "Make the ViT, which training starts from, alone.")
+    define_flags()
     app.run(main, sys.argv, __doc__)

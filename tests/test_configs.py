@@ -26,7 +26,8 @@ def test_every_experiment_says_how_it_is_run_and_what_to_expect():
     assert {"needle", "videos", "instructblip_vicuna_7b"} <= set(EXPERIMENTS)
     for name in EXPERIMENTS:
         text = importlib.import_module(f"configs.{name}").__doc__
-        assert f"COMMAND: python train.py --config configs/{name}.py" in text, name
+        assert "COMMAND: python " in text, name
+        assert f" python train.py --config configs/{name}.py" in text, name
         assert "Expected:" in text, name
 
 

@@ -3,13 +3,32 @@
 import pathlib
 import shlex
 
+import numpy as np
 import pytest
+from absl import flags
+from flax import traverse_util
 
 import quickstart
+from adacm2_jax.inference.processor import Processor
+from adacm2_jax.models.params import abstract_params, split_params
+from adacm2_jax.port.store import open_ours
+from adacm2_jax.runs.load import start_params
+from adacm2_jax.runs.workdir import read_base
+from adacm2_jax.sharding import make_mesh
 from adacm2_jax.video.frames import probe, read_clip
 from adacm2_jax.video.sampling import Sampling
 from data.jsonl import JsonlSource
+from data.needle.render import ask
 from tests.data.test_needle import asked_in, colours_of
+
+
+@pytest.fixture
+def given_flags(monkeypatch):
+    """The script's flags, at their defaults."""
+    values = flags.FlagValues()
+    quickstart.define_flags(values)
+    values.mark_as_parsed()
+    monkeypatch.setattr(flags, "FLAGS", values)
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +78,35 @@ def test_the_table_has_a_line_for_each_policy_and_a_cell_for_each_length(tmp_pat
     assert (tmp_path / "results.png").stat().st_size > 10_000
 
 
-def test_a_stage_that_is_done_is_left_as_it_is(tmp_path, monkeypatch):
-    for stage in ("first", "second"):
-        (tmp_path / stage).mkdir()
-        (tmp_path / stage / "metrics.json").write_text("{}")
+def test_a_stage_that_is_done_is_left_as_it_is(tmp_path):
+    for stage, settings in quickstart.needle.STAGES.items():
+        done = tmp_path / stage / "checkpoints" / str(settings.steps)
+        done.mkdir(parents=True)
         quickstart.train_stage(stage, tmp_path)
-        assert [path.name for path in (tmp_path / stage).iterdir()] == ["metrics.json"]
+        assert list((tmp_path / stage).rglob("*")) == [done.parent, done]
+
+
+def test_the_vit_is_made_once_and_the_first_stage_starts_from_it(
+    tmp_path, monkeypatch, given_flags
+):
+    monkeypatch.setattr(quickstart.needle, "VISION", quickstart.needle.VISION._replace(steps=2))
+    quickstart.make_vision(tmp_path)
+    made = read_base(tmp_path / "vision")
+    assert "llm/norm/scale" in made["missing"] and "vision/cls_token" not in made["missing"]
+    quickstart.make_vision(tmp_path)
+    assert read_base(tmp_path / "vision") == made
+
+    first = quickstart.experiment_of("first", tmp_path)
+    abstract = abstract_params(first.model, first.optim.groups, make_mesh())
+    params = start_params(first.init_from, first.model, abstract, first.init_missing, first.seed)
+    stored = open_ours(tmp_path / "vision")[1]
+    assert all(path.startswith("vision/") for path in stored.shapes)
+    flat = traverse_util.flatten_dict(params, sep="/")
+    for path in stored.shapes:
+        np.testing.assert_array_equal(flat[path], stored.read(path))
+    learned = split_params(abstract, first.optim.groups)[0]
+    assert not any(path.startswith("vision/") for path in learned)
+    Processor.load(tmp_path / "vision", first.model).questions([ask("red", 3, 4, "train")])
 
 
 def test_what_to_do_next_can_be_pasted(made):

@@ -44,6 +44,21 @@ def test_a_question_has_both_tokenizers_forms(processor):
     assert question.llm_ids.max() < CONFIG.llm.vocab_size
 
 
+def test_questions_are_padded_to_what_the_longest_needs(processor):
+    # Each word is a token for both; [CLS] and [SEP], or </s>, are added.
+    of = {count: processor.width(["seven " * count]) for count in (1, 14, 15, 20)}
+    assert of == {1: 16, 14: 16, 15: 24, 20: 24}  # 32 would be beyond the limit
+    assert processor.width(["", "seven " * 15, "3"]) == 24 and processor.width([]) == 16
+    with pytest.raises(UserError, match="the limit is 24"):
+        processor.width(["why " * 40])
+    narrow, wide = processor.questions(TEXTS[:2], 16), processor.questions(TEXTS[:2])
+    assert narrow.qformer_ids.shape == narrow.llm_mask.shape == (2, 16)
+    np.testing.assert_array_equal(narrow.qformer_ids, wide.qformer_ids[:, :16])
+    np.testing.assert_array_equal(narrow.llm_ids, wide.llm_ids[:, -16:])
+    assert wide.qformer_mask.sum() == narrow.qformer_mask.sum()
+    assert wide.llm_mask.sum() == narrow.llm_mask.sum()
+
+
 def test_training_rows_are_prompt_answer_and_end(processor):
     questions, answers = [TEXTS[0], "seven", ""], ["3", "seven", ""]
     question, targets = processor.training(questions, answers)
