@@ -28,18 +28,22 @@ def corners(rows: int, seed: int):
 
 
 def told_apart(params: dict) -> np.ndarray:
-    """For each token, how often the nearest of the classes' means is the right one, float[P]."""
+    """For each token, how often a linear reading of it, fitted to other images, is right,
+    float[P]."""
     model = VisionTransformer(VISION, remat=False)
     tree = traverse_util.unflatten_dict(params, sep="/")["vision"]
     features, labels = [], []
     for seed in (5, 6):
         images, label = next(corners(400, seed))
         tokens = jax.jit(lambda images: model.apply({"params": tree}, normalise(images)))(images)
-        features.append(np.asarray(tokens, np.float64))
+        ones = np.ones((*tokens.shape[:2], 1))
+        features.append(np.concatenate([np.asarray(tokens, np.float64), ones], -1))
         labels.append(label["corner"])
-    means = np.stack([features[0][labels[0] == corner].mean(0) for corner in range(4)])
-    distances = np.linalg.norm(features[1][:, None] - means, axis=-1)  # [B, 4, P]
-    return (distances.argmin(1) == labels[1][:, None]).mean(0)
+    right = []
+    for token in range(features[0].shape[1]):
+        fitted = np.linalg.lstsq(features[0][:, token], np.eye(4)[labels[0]], rcond=1e-6)[0]
+        right.append(((features[1][:, token] @ fitted).argmax(1) == labels[1]).mean())
+    return np.array(right)
 
 
 def train(steps: int, **options) -> dict:
@@ -53,9 +57,9 @@ def test_every_token_learns_to_name_what_the_image_shows():
     assert shapes == {
         path: shape for path, shape in param_shapes(CONFIG).items() if path.startswith("vision/")
     }
-    assert told_apart(before).min() < 0.6
-    # 400 images: a share of 0.95 is known to ± 0.02.
-    assert told_apart(after).min() > 0.95
+    # Of 400 images a share is known to ± 0.025.
+    assert told_apart(before).max() < 0.7
+    assert told_apart(after).min() > 0.85
 
 
 def test_the_seed_decides():
