@@ -9,6 +9,11 @@ of the run; fields are overridden as in training, for example
 ``--config.data.sampling`` says otherwise. ``adacm2 ask`` does the same without a clone.
 """
 
+if __name__ == "__main__":  # Ctrl-C ends the imports, too, which take seconds
+    from adacm2_jax import interrupt
+
+    interrupt.end_at_once()
+
 import pathlib
 import sys
 from collections.abc import Sequence

@@ -10,6 +10,11 @@ Writes ``results.json``, ``results.png``, the trained model, two clips to ask ab
 ``memory.png``, what the model remembered of the first, to the work directory.
 """
 
+if __name__ == "__main__":  # Ctrl-C ends the imports, too, which take seconds
+    from adacm2_jax import interrupt
+
+    interrupt.end_at_once()
+
 import concurrent.futures
 import dataclasses
 import itertools

@@ -6,6 +6,11 @@ The same command goes on with a run that was stopped, from its newest checkpoint
 mesh, with another number of processes (see adacm2_jax/distributed.py), or to more steps.
 """
 
+if __name__ == "__main__":  # Ctrl-C ends the imports, too, which take seconds
+    from adacm2_jax import interrupt
+
+    interrupt.end_at_once()
+
 import sys
 
 from absl import flags

@@ -306,7 +306,9 @@ class Preemption:
 
     def _note(self, number: int, _) -> None:
         if number == signal.SIGINT and self._number == signal.SIGINT:
-            raise KeyboardInterrupt
+            signal.signal(number, self._before[number])
+            signal.raise_signal(number)
+            return
         self._number = number
         if number == signal.SIGINT and is_main():
             line = "\nstopping after this step, which is saved; Ctrl-C again stops at once\n"
@@ -323,7 +325,7 @@ class Preemption:
     def at_once(self) -> Iterator[None]:
         """Both signals end the process at once, within a block that has nothing to lose."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, self._before[signal.SIGINT])
         try:
             yield
         finally:

@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -114,7 +115,7 @@ def quick_compilation() -> Iterator[None]:
 def run_script(script: str, *arguments: object) -> int:
     """Runs ``train.py`` or ``eval.py``, or a command of ``adacm2`` by its name, in this process;
     returns its exit status."""
-    argv = sys.argv
+    argv, interrupted = sys.argv, signal.getsignal(signal.SIGINT)
     sys.argv = [script, *map(str, arguments)]
     try:
         with quick_compilation():
@@ -126,6 +127,7 @@ def run_script(script: str, *arguments: object) -> int:
         return done.code
     finally:
         sys.argv = argv
+        signal.signal(signal.SIGINT, interrupted)
         for name in list(flags.FLAGS):
             if name.split(".")[0] in SCRIPT_FLAGS:
                 delattr(flags.FLAGS, name)

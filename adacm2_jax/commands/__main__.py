@@ -7,7 +7,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 
-from adacm2_jax import __version__
+from adacm2_jax import __version__, interrupt
 from adacm2_jax.errors import check_text
 
 EPILOG = """examples:
@@ -110,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
       argv: the command line with the program's name; by default this process's.
     """
+    interrupt.end_at_once()  # what follows imports for seconds
     words = list(sys.argv if argv is None else argv)
     if len(words) > 1 and words[1] in ELSEWHERE:
         _elsewhere(words[1], [f"adacm2 {words[1]}", *words[2:]])

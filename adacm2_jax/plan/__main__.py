@@ -7,6 +7,11 @@
 Exit status: 0 if every step fits, 1 if one does not, 2 for what its reader can mend.
 """
 
+if __name__ == "__main__":  # Ctrl-C ends the imports, too, which take seconds
+    from adacm2_jax import interrupt
+
+    interrupt.end_at_once()
+
 import json
 import re
 import sys

@@ -9,6 +9,11 @@
 Several paths after --src are laid over each other, the last on top.
 """
 
+if __name__ == "__main__":  # Ctrl-C ends the imports, too, which take seconds
+    from adacm2_jax import interrupt
+
+    interrupt.end_at_once()
+
 import argparse
 import contextlib
 import logging
@@ -18,6 +23,7 @@ import signal
 import sys
 import traceback
 
+from adacm2_jax import interrupt
 from adacm2_jax.errors import UserError
 from adacm2_jax.port.destination import stop
 
@@ -36,16 +42,17 @@ def main(argv: list[str], program: str = "python -m adacm2_jax.port") -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports what no user needs
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        use_cpu()
-        return run(args)
+        with interrupt.raised():
+            use_cpu()
+            return run(args)
     except UserError as error:
         if args.debug:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+        interrupt.say("; nothing was written")
+        return interrupt.STATUS
     finally:
         signal.signal(signal.SIGTERM, before)
 

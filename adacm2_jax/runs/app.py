@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from adacm2_jax import distributed
+from adacm2_jax import distributed, interrupt
 from adacm2_jax.errors import UserError, check_text
 
 #: Switches the compilation cache off, or names another directory for it.
@@ -79,20 +79,21 @@ def guarded(main: Callable[[], int | None], debug: bool = False) -> None:
 
     An error that its reader can mend (a ``UserError``, a full disk, a package that an extra
     installs) becomes one line on stderr and exit status 2, another process that is gone likewise
-    and status 75; ``debug`` shows where it was raised.
+    and status 75, Ctrl-C likewise and status 130; ``debug`` shows where an error was raised.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that is ASCII alone
     keep_compiled()
     try:
-        status = main()
-        distributed.wait_for_all()
+        with interrupt.raised():
+            status = main()
+            distributed.wait_for_all()
     except UserError as error:
         _report(error, debug, distributed.leave_together)
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr, flush=True)
-        sys.exit(130)
+        interrupt.say()
+        distributed.leave(interrupt.STATUS)
     except Exception as error:
         if explained := distributed.explain(error):
             _report(explained, debug, distributed.leave)
