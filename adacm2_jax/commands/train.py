@@ -63,14 +63,14 @@ def train_and_evaluate(
     """
     # --- All that can be wrong, before anything is computed ------------------------------------
     root, config = pathlib.Path(workdir), experiment
+    config.check_training()  # before it is compared: what nobody could use is no difference
+    clip_loader(config)
     resumed = (root / "config.json").exists()
     stored = experiments.to_dict(config)
     if resumed:
         before = experiments.to_dict(experiments.read(read_config(root)))
         check_same(before, stored, root, MAY_CHANGE["resume"] + _free_base(root, config.init_from))
         _check_length(root, config)
-    config.check_training()
-    clip_loader(config)
     mesh = make_mesh(tuple(config.mesh))
     connect(mesh)
     rows_per_process(config.train.batch_size, mesh, config.train.accumulate)

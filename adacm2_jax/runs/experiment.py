@@ -178,6 +178,13 @@ class OptimConfig:
 
     def __post_init__(self):
         _at_least("optim", self, warmup_steps=0)
+        for field in ("learning_rate", "weight_decay", "clip_norm"):
+            value = getattr(self, field)
+            if not 0 <= value < math.inf:
+                raise UserError(f"optim.{field} = {value} must be a number from 0 on")
+        for field in ("b1", "b2"):
+            if not 0 <= getattr(self, field) < 1:
+                raise UserError(f"optim.{field} = {getattr(self, field)} must be in [0, 1)")
 
     @property
     def rule(self) -> dict[str, Any]:
@@ -321,8 +328,6 @@ class Experiment:
                     f"model.{field} is 'float16', which is for evaluation: gradients underflow in "
                     "it; train in bfloat16"
                 )
-        if not math.isfinite(self.optim.learning_rate):
-            raise UserError(f"optim.learning_rate = {self.optim.learning_rate} must be finite")
         self.clip_sampling  # noqa: B018 (it is checked)
         self.memories()
 

@@ -78,6 +78,28 @@ def test_a_finished_run_is_extended_to_more_steps(small_run, data_dir, tmp_path,
     assert f"train.steps = {STEPS}, but" in error_line(capsys)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.learning_rate=-1", "optim.learning_rate = -1.0 must be a number from 0 on"),
+        ("optim.learning_rate=nan", "optim.learning_rate = nan must be"),
+        ("optim.clip_norm=-0.5", "optim.clip_norm = -0.5 must be"),
+        ("optim.b2=1", "optim.b2 = 1.0 must be in [0, 1)"),
+        ("train.num_frames=2", "train.num_frames = 2 would cut off"),
+        ("model.dtype=float16", "model.dtype is 'float16', which is for evaluation"),
+        ("train.batch_size=16", "- train.batch_size = 8"),
+    ],
+)
+def test_of_an_existing_run_an_invalid_value_is_the_error_not_the_difference(
+    small_run, data_dir, capsys, override, message
+):
+    command = [*arguments(small_run, data_dir), f"--config.{override}"]
+    assert run_script("train.py", *command) == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert ("holds a run of another configuration" in errors) == message.startswith("-")
+
+
 def test_a_second_training_in_the_same_directory_is_refused(
     compiled_once, data_dir, tmp_path, capsys
 ):
