@@ -1,26 +1,16 @@
 """What scripts and commands share: flags, configuration files, and errors fit for people."""
 
-import itertools
 import os
-import pathlib
-import re
-import runpy
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 
 from adacm2_jax import distributed, interrupt
 from adacm2_jax.errors import UserError, check_text
+from adacm2_jax.runs import command_line
 
 #: Switches the compilation cache off, or names another directory for it.
 CACHE = "ADACM2_JAX_CACHE"
-#: Package → the extra that installs it.
-_EXTRAS = {
-    **dict.fromkeys(("av", "PIL", "tokenizers", "transformers", "sentencepiece"), "video"),
-    **dict.fromkeys(("torch", "safetensors"), "port"),
-    **dict.fromkeys(("grain", "ml_collections", "array_record", "tensorflow_datasets"), "run"),
-    **dict.fromkeys(("matplotlib", "sklearn", "absl", "ml_dtypes"), "run"),
-}
 
 
 def run(
@@ -55,19 +45,8 @@ def run(
 
     def parsed() -> int | None:
         words = complete([check_text(word, "an argument") for word in argv])
-        _check_config_file(words)
         sys.argv = words  # ml_collections looks for overrides there, whatever is parsed
-        try:
-            rest = flags.FLAGS(words)[1:]
-        except flags.Error as error:
-            raise UserError(str(error)) from None
-        except Exception as error:
-            if not _from_configuration(error):
-                raise
-            message = error.args[0] if isinstance(error, KeyError) and error.args else error
-            raise _missing_field(words) or UserError(str(message)) from None
-        if rest:
-            raise UserError(f"unexpected argument {rest[0]!r}; flags start with --, try --help")
+        command_line.parse(words)
         _join_others()
         return main()
 
@@ -97,7 +76,7 @@ def guarded(main: Callable[[], int | None], debug: bool = False) -> None:
     except Exception as error:
         if explained := distributed.explain(error):
             _report(explained, debug, distributed.leave)
-        if missing := _missing_package(error):
+        if missing := command_line.missing_package(error):
             _report(missing, debug)
         raise
     else:
@@ -162,16 +141,6 @@ def _help(doc: str) -> str:
     return "\n".join(lines)
 
 
-def _check_config_file(argv: Sequence[str]) -> None:
-    """Says in one line what ml_collections says in six."""
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
-        name, equals, value = word.partition("=")
-        if name in ("--config", "-config"):
-            path = (value if equals else following).split(":")[0]
-            if not pathlib.Path(path).is_file():
-                raise UserError(f"--config {path}: no such file; experiments are in configs/")
-
-
 def _join_others() -> None:
     from absl import flags
 
@@ -182,56 +151,6 @@ def _join_others() -> None:
         given.num_processes,
         given.process_id,
         given.join_timeout,
-    )
-
-
-def _from_configuration(error: Exception) -> bool:
-    """Whether ml_collections raised it while reading a configuration file or an override."""
-    if not isinstance(error, AttributeError | LookupError | TypeError | ValueError | OSError):
-        return False
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and any("ml_collections" in frame.filename for frame in frames[-3:])
-
-
-def _missing_field(argv: Sequence[str]) -> UserError | None:
-    """The first override of a field that the configuration does not have: ml_collections raises
-    its bare name. None if there is no such override."""
-    words = dict(word.lstrip("-").partition("=")[::2] for word in argv if word.startswith("-"))
-    following = dict(itertools.pairwise(argv))
-    given = words.get("config") or following.get("--config") or following.get("-config") or ""
-    path, _, argument = given.partition(":")
-    overrides = [name for name in words if re.fullmatch(r"config(\.\w+)+", name)]
-    if not overrides or not pathlib.Path(path).is_file():
-        return None
-    config = runpy.run_path(path)["get_config"](*([argument] if argument else []))
-    for name in overrides:
-        section, place = config, "the configuration"
-        for field in name.split(".")[1:]:
-            if not hasattr(section, "keys"):
-                return UserError(f"--{name}: there is no such field; {place} is a single value")
-            if field not in section:
-                accepted = ", ".join(sorted(map(str, section.keys())))
-                return UserError(
-                    f"--{name}: there is no such field; those of {place} are {accepted}"
-                )
-            before = "" if place == "the configuration" else f"{place}."
-            section, place = section[field], before + field
-    return None
-
-
-def _missing_package(error: Exception) -> UserError | None:
-    """How to install what is not there, if one of our extras has it."""
-    if not isinstance(error, ModuleNotFoundError):
-        return None
-    package = (error.name or "").partition(".")[0]
-    if package in ("data", "configs"):
-        return UserError(
-            "this command needs the repository (data/ and configs/): run it in a clone, at its root"
-        )
-    if package not in _EXTRAS:
-        return None
-    return UserError(
-        f"the package {package} is not installed: pip install 'adacm2-jax[{_EXTRAS[package]}]'"
     )
 
 
