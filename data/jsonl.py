@@ -149,8 +149,10 @@ class JsonlSource:
         answer = _text(fields, "answer", required=self.require_answer)
         start, end = _seconds(fields, "start"), _seconds(fields, "end")
         if end is not None and end <= (start or 0.0):
+            empty = end == (start or 0.0)
+            remedy = "the part is empty, give a later one" if empty else "swap them"
             raise DataError(
-                f"field 'end': {end:g} s is not after start={start or 0.0:g} s; swap them"
+                f"field 'end': {end:g} s is not after start={start or 0.0:g} s; {remedy}"
             )
         return Example(
             id=_text(fields, "id", required=False) or str(number),

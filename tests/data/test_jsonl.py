@@ -75,7 +75,7 @@ def test_answer_may_be_absent_only_where_it_is_not_needed(write):
         ({**LINE, "start": -1}, "field 'start': -1 is not a time"),
         ('{"video": "a", "question": "", "answer": "", "end": NaN}', "field 'end': nan is not"),
         ({**LINE, "start": 5, "end": 2}, "field 'end': 2 s is not after start=5 s; swap them"),
-        ({**LINE, "end": 0}, "field 'end': 0 s is not after start=0 s"),
+        ({**LINE, "end": 0}, "field 'end': 0 s is not after start=0 s; the part is empty"),
         ({**LINE, "id": 7}, "field 'id': is the number 7; give a string"),
         # Half of a surrogate pair: "\ud83d" is the beginning of an emoji.
         ({**LINE, "question": "what \ud83d"}, "field 'question' is no text at character 6"),
