@@ -75,7 +75,10 @@ def _add_shared(made: argparse.ArgumentParser) -> None:
         help="directory of a run of train.py, or of a converted checkpoint (adacm2 port)",
     )
     made.add_argument(
-        "--fps", type=float, default=1.0, help="frames read a second (default %(default)g)"
+        "--fps",
+        type=float,
+        default=1.0,
+        help="frames read a second (default %(default)g); above the video's own they repeat",
     )
     made.add_argument(
         "--num-frames", type=int, help="read so many, evenly spread, instead of --fps"

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from flax import traverse_util
 
 from adacm2_jax.config import AdaCM2Config, to_dict
@@ -16,11 +17,13 @@ from adacm2_jax.inference.answerer import Answerer
 from adacm2_jax.inference.model import VideoModel
 from adacm2_jax.inference.processor import Processor
 from adacm2_jax.models.params import abstract_params, fresh_params, join_params
+from adacm2_jax.room import check_room
 from adacm2_jax.runs import experiment as experiments
 from adacm2_jax.runs.checkpoint import find_params, restore_params
 from adacm2_jax.runs.experiment import MAY_CHANGE, Experiment, check_same
 from adacm2_jax.runs.workdir import find_base, is_base, read_base, read_config, write_link
 from adacm2_jax.sharding import make_mesh
+from adacm2_jax.video.sampling import FEWER
 
 #: How LAVIS asks InstructBLIP, for a converted checkpoint, which has no experiment of its own.
 _AS_LAVIS: dict[str, Any] = {
@@ -134,6 +137,8 @@ def make_answerer(
       processor: its tokenizers.
       frames: of the longest video, where it is known; see ``Experiment.memories``.
     """
+    if frames and "full" in experiment.eval.policies:
+        _check_full(experiment.model, frames)
     return Answerer(
         experiment.model,
         params,
@@ -141,6 +146,17 @@ def make_answerer(
         experiment.memories(frames),
         experiment.generation,
         experiment.seed,
+    )
+
+
+def _check_full(config: AdaCM2Config, frames: int) -> None:
+    """Refuses a video of which policy ``full`` cannot hold every token."""
+    qformer, tokens = config.qformer, frames * config.vision.tokens_per_frame
+    each = 2 * qformer.width * jnp.dtype(config.memory_dtype).itemsize  # a key and a value
+    check_room(
+        tokens * qformer.num_cross_layers * each,
+        f"the {tokens:,} tokens of {frames:,} frames under policy 'full'",
+        f"{FEWER}, or choose another policy",
     )
 
 

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from adacm2_jax.errors import DataError, printable, reason
+from adacm2_jax.room import check_room
 from adacm2_jax.video.info import Source, TruncatedError, VideoInfo
 from adacm2_jax.video.resize import RESIZES
-from adacm2_jax.video.sampling import Sampling, sample_times
+from adacm2_jax.video.sampling import FEWER, Sampling, sample_times
 
 if TYPE_CHECKING:
     from adacm2_jax.video.decoder import Decoder
@@ -120,9 +121,11 @@ def read_clip(source: Source, sampling: Sampling, *, size: int, **options: Any) 
         uint8[T, size, size, 3]; of a file that is cut short, with `on_truncated="use"`, the frames
         that are there.
     Raises:
-        DataError: as for `read_frames`.
+        DataError: as for `read_frames`; or the clip is larger than the machine's memory.
     """
-    _, chunks = read_frames(source, sampling, size=size, **options)
+    count, chunks = read_frames(source, sampling, size=size, **options)
+    what = f"the pixels of {count:,} frames"
+    check_room(count * size * size * 3, f"{_name(source)}: {what}", FEWER, DataError)
     pieces = [piece.frames for piece in chunks]
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
@@ -202,9 +205,17 @@ def _as_data_error(source: Source) -> Iterator[None]:
         yield
     except DataError:
         raise
+    except MemoryError as error:  # still the error of one video: a header may ask for anything
+        raise DataError(
+            f"{_name(source)}: there is not enough memory to decode it ({printable(reason(error))})"
+            ": free some, or read fewer videos at a time (eval.batch_size, data.workers)"
+        ) from error
     except Exception as error:
-        name = f"<{len(source)} bytes>" if isinstance(source, bytes) else os.fspath(source)
         what = f"{type(error).__name__}: {reason(error)}"
         raise DataError(
-            f"{printable(name)}: cannot be read ({printable(what)}): convert it to H.264 in MP4"
+            f"{_name(source)}: cannot be read ({printable(what)}): convert it to H.264 in MP4"
         ) from error
+
+
+def _name(source: Source) -> str:
+    return f"<{len(source)} bytes>" if isinstance(source, bytes) else printable(os.fspath(source))

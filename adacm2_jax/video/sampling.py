@@ -9,11 +9,18 @@ from typing import Literal
 import numpy as np
 
 from adacm2_jax.errors import DataError
+from adacm2_jax.room import check_room
 
 #: How frames can be made square, see resize.py.
 RESIZE_NAMES = ("clean", "ma_lmm")
 # Annotations give whole seconds: an end this far past the video's is taken as the video's end.
 _END_SLACK = 1.0
+# Of a frame that is read: its instant, float64, among those chosen and among those handed out.
+_INSTANT_BYTES = 16
+# Frames beyond any memory; a larger number has too many digits to be told.
+_MOST = 1e18
+#: What to do about too many frames.
+FEWER = "lower --fps or --num-frames (sampling.fps, sampling.num_frames)"
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,7 @@ class Sampling:
 
     Attributes:
         mode: "fps" takes a frame every 1 / `fps` seconds; "uniform" spreads `num_frames` evenly.
+            More than the video has repeat those that it has, each for as long as it is shown.
         fps: frames per second (mode "fps").
         num_frames: frames of a video (mode "uniform").
         max_frames: None, or a cap (mode "fps"): a video that would have more frames than that is
@@ -72,18 +80,26 @@ def sample_times(
     Returns:
         float64[T], seconds, increasing.
     Raises:
-        DataError: `start` or `end` is outside the video, or they are reversed.
+        DataError: `start` or `end` is outside the video, or they are reversed; or the instants
+            are more than the machine's memory holds.
     """
     start, end = _window(duration, start, end)
     count = sampling.num_frames
     if sampling.mode == "fps":
         # A billionth of a frame keeps rounding from adding one at `end` itself.
-        count = max(1, math.ceil((end - start) * sampling.fps - 1e-9))
+        count = max(1, math.ceil(min((end - start) * sampling.fps, _MOST) - 1e-9))
         if sampling.max_frames is None or count <= sampling.max_frames:
+            _check_count(count)
             return start + np.arange(count) / sampling.fps
         count = sampling.max_frames
+    _check_count(count)
     within = np.full(count, 0.5) if rng is None else rng.random(count)
     return start + (np.arange(count) + within) * ((end - start) / count)
+
+
+def _check_count(count: int) -> None:
+    what = f"the times of {count:,} frames alone"
+    check_room(count * _INSTANT_BYTES, what, FEWER, DataError)
 
 
 def _window(duration: float, start: float | None, end: float | None) -> tuple[float, float]:
@@ -94,6 +110,11 @@ def _window(duration: float, start: float | None, end: float | None) -> tuple[fl
         raise DataError(f"start={first:g} s is outside: {lasts}; give a start inside it")
     if not (math.isfinite(last) and 0 < last <= duration + _END_SLACK):
         raise DataError(f"end={last:g} s is outside: {lasts}; give an end inside it")
-    if first >= last:
+    if first == last:
+        raise DataError(
+            f"start={first:g} s and end={last:g} s leave nothing to read: give an end after the "
+            f"start ({lasts})"
+        )
+    if first > last:
         raise DataError(f"start={first:g} s is not before end={last:g} s: swap them ({lasts})")
     return float(first), float(min(last, duration))

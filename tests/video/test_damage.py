@@ -101,6 +101,20 @@ def test_whatever_a_video_raises_names_the_video(tmp_path, monkeypatch):
     assert isinstance(error.value.__cause__, ZeroDivisionError)
 
 
+def test_a_want_of_memory_is_not_told_as_a_broken_file(tmp_path, monkeypatch):
+    encode(tmp_path / "large.mp4", numbered_frames(5))
+
+    def greedy(picture: np.ndarray, size: int) -> np.ndarray:
+        return np.zeros(1 << 62, np.uint8)
+
+    monkeypatch.setitem(RESIZES, "clean", greedy)
+    with pytest.raises(
+        DataError, match=r"large\.mp4: there is not enough memory .* free some"
+    ) as e:
+        read_clip(tmp_path / "large.mp4", Sampling(), size=64)
+    assert "H.264" not in str(e.value)
+
+
 def test_random_bytes_anywhere_end_in_frames_or_in_an_error_that_names_the_video():
     rng = np.random.default_rng(0)
     for name in ("mp4-h264", "mkv-h264", "avi-mpeg4", "mpegts-h264", "mp4-fragmented"):

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adacm2_jax.errors import DataError
+from adacm2_jax.room import host_memory
 from adacm2_jax.video.decoder import TruncatedError
 from adacm2_jax.video.frames import Sampling, probe, read_clip, read_frames, sample_times
 from tests.video.make_videos import (
@@ -103,7 +104,7 @@ def test_impossible_sampling_is_refused(fields, message):
         (None, 3.1, "end=3.1 s is outside: the video lasts 2.00 s"),
         (None, 0, "end=0 s is outside"),
         (1.5, 1.0, "start=1.5 s is not before end=1 s: swap them"),
-        (1, 1, "start=1 s is not before end=1 s"),
+        (1, 1, "start=1 s and end=1 s leave nothing to read: give an end after the start"),
     ],
 )
 def test_times_outside_the_video_are_refused_with_its_name_and_duration(
@@ -114,6 +115,35 @@ def test_times_outside_the_video_are_refused_with_its_name_and_duration(
     with pytest.raises(DataError) as error:
         read_frames(path, Sampling(), size=64, start=start, end=end)
     assert str(error.value).startswith(f"{path}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("sampling", "words"),
+    [
+        (Sampling(fps=1e12), ["2,000,000,000,000 frames", "32,000,000,000,000 bytes", "--fps"]),
+        (Sampling(fps=1e308), ["1,000,000,000,000,000,000 frames", "lower --fps"]),
+        (Sampling("uniform", num_frames=10**12), ["1,000,000,000,000 frames", "--num-frames"]),
+    ],
+)
+def test_more_frames_than_memory_holds_are_refused_before_decoding(sampling, words):
+    data = encode(None, numbered_frames(20))
+    with pytest.raises(DataError) as error:
+        read_frames(data, sampling, size=64)
+    for word in (f"<{len(data)} bytes>: the times of", *words, "this machine has"):
+        assert word in str(error.value)
+
+
+def test_a_clip_larger_than_memory_is_refused_before_decoding():
+    data = encode(None, numbered_frames(20))
+    count = host_memory() // (4096 * 4096 * 3) + 1
+    with pytest.raises(DataError, match=f"the pixels of {count:,} frames need .* this machine"):
+        read_clip(data, Sampling("uniform", num_frames=count), size=4096)
+
+
+def test_above_the_video_s_own_rate_frames_repeat():
+    data = encode(None, numbered_frames(20))
+    frames = all_frames(data, Sampling(fps=30), end=1)
+    assert read_numbers(frames) == [k // 3 for k in range(30)]
 
 
 # --- chunks and memory --------------------------------------------------------------------------
