@@ -51,6 +51,8 @@ def main() -> int:
     args = flags.FLAGS
     if args.workdir is None:
         raise UserError("--workdir is missing: name a run, such as --workdir runs/quickstart/main")
+    if "" in map(str.strip, [*args.question, "-" if args.video is None else args.video]):
+        raise UserError("--question or --video is empty; give a text, or leave both out")
     if bool(args.video is not None) != bool(args.question):
         raise UserError("--video and --question go together: what is asked, and of which video")
     workdir, config = app.directory("workdir", args.workdir), experiment.read(args.config)
@@ -62,7 +64,8 @@ def main() -> int:
     else:
         stored = experiment.to_dict(experiment.read(read_config(weights)))
         check_same(stored, experiment.to_dict(config), weights, MAY_CHANGE["evaluate"])
-    output = app.directory("output", args.output or f"{workdir}/eval")
+    output = args.output if args.output is not None else f"{workdir}/eval"
+    output = app.directory("output", output)
     processor = Processor.load(weights, config.model)
     if args.video is not None:
         return ask(config, weights, processor, output)

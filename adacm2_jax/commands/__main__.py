@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from adacm2_jax import __version__, interrupt
-from adacm2_jax.errors import check_text
+from adacm2_jax.errors import UserError, check_text
 
 EPILOG = """examples:
   adacm2 ask clip.mp4 --model runs/quickstart/main --question "which digit was on the red ground?"
@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
             name, help=text, description=f"{text.capitalize()}.", allow_abbrev=False
         )
         _add_shared(made)
+        made.set_defaults(error=made.error)  # which shows its own usage
         return made
 
     ask = single("ask", "answer questions about one video")
@@ -55,10 +56,10 @@ def parser() -> argparse.ArgumentParser:
         "--question", action="append", required=True, help="may be given several times"
     )
     caption = single("caption", "describe one video")
-    caption.add_argument("--prompt", default="", help="what the networks are asked")
+    caption.add_argument("--prompt", help="what the networks are asked")
     choose = single("choose", "rank labels for one video by how likely each is as the answer")
     choose.add_argument("--label", action="append", required=True, help="give at least two")
-    choose.add_argument("--question", default="", help="that the labels answer")
+    choose.add_argument("--question", help="that the labels answer")
     for made in (ask, caption):
         made.add_argument("--output", metavar="DIR", help="also write predictions.jsonl there")
     for name, text in ELSEWHERE.items():
@@ -87,19 +88,16 @@ def _add_shared(made: argparse.ArgumentParser) -> None:
     made.add_argument("--end", type=float, help="seconds: where it ends")
     made.add_argument(
         "--on-truncated",
-        default="",
         choices=("error", "use"),
         help="of a file that is cut short: refuse it, or use what could be read",
     )
     made.add_argument(
         "--policy",
-        default="",
         choices=("adacm2", "full", "recent", "uniform", "random", "budget", "merge"),
         help="of the memory (default: the run's); budget and merge need a run that sets their size",
     )
     made.add_argument(
         "--dtype",
-        default="",
         choices=("float32", "bfloat16", "float16"),
         help="of matrix products (default: the run's)",
     )
@@ -118,11 +116,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(words) > 1 and words[1] in ELSEWHERE:
         _elsewhere(words[1], [f"adacm2 {words[1]}", *words[2:]])
         return
-    args = parser().parse_args(words[1:])
+    args, rest = parser().parse_known_args(words[1:])
+    if rest:
+        args.error(f"unrecognized arguments: {' '.join(rest)}")
 
     def run() -> int:
         for word in words:
             check_text(word, "an argument")
+        _check_given(args)
         from adacm2_jax.commands import ask
 
         return {"ask": ask.ask, "caption": ask.caption, "choose": ask.choose}[args.command](args)
@@ -130,6 +131,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     from adacm2_jax.runs.app import guarded
 
     guarded(run, args.debug)
+
+
+def _check_given(args: argparse.Namespace) -> None:
+    """Refuses an empty text: a variable of a shell that was never set, most often."""
+    for name, value in vars(args).items():
+        flag = "CLIP" if name == "video" else f"--{name.replace('_', '-')}"
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and not text.strip():
+                raise UserError(f"{flag} is empty; give a text, or leave it out where it may be")
 
 
 def _elsewhere(name: str, words: list[str]) -> None:

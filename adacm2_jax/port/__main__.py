@@ -98,7 +98,12 @@ def parse(argv: list[str], program: str) -> argparse.Namespace:
     out.add_argument(
         "--drop-temporal", action="store_true", help="hf: leave the temporal table out"
     )
-    return parser.parse_args(argv)
+    for made in (into, out):
+        made.set_defaults(error=made.error)  # which shows its own usage
+    args, rest = parser.parse_known_args(argv)
+    if rest:
+        args.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
 
 
 def run(args: argparse.Namespace) -> int:

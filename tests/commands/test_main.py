@@ -3,8 +3,10 @@
 import subprocess
 import sys
 
+import pytest
+
 from adacm2_jax.commands.__main__ import ELSEWHERE
-from tests.small import ROOT
+from tests.small import ROOT, error_line, run_script
 
 PROGRAM = """
 import sys
@@ -57,3 +59,36 @@ def test_scripts_and_experiments_need_a_clone(tmp_path):
         )
         assert done.returncode == 2
         assert done.stderr.startswith(f"error: adacm2 {name} ") and "clone" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["ask", "a.mp4", "--model", "m", "--question", "q", "--nonsense"], "ask"),
+        (["caption", "a.mp4", "b.mp4", "--model", "m"], "caption"),
+        (["port", "import", "--src", "a", "--dst", "b", "--nonsense"], "port import"),
+        (["port", "export", "--src", "a", "--dst", "b", "--format", "hf", "--x"], "port export"),
+    ],
+)
+def test_a_flag_that_there_is_not_shows_the_usage_of_its_command(words, name, capsys):
+    assert run_script(*words) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"usage: adacm2 {name} ")
+    assert f"adacm2 {name}: error: unrecognized arguments: " in errors
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("caption", "--prompt", ""),
+        ("choose", "--question", "", "--label", "a", "--label", "b"),
+        ("choose", "--label", "a", "--label", ""),
+    ],
+)
+def test_an_empty_text_is_refused(words, capsys):
+    command, *given = words
+    assert run_script(command, "a.mp4", "--model", "m", *given) == 2
+    flag = given[given.index("") - 1]
+    assert error_line(capsys) == (
+        f"error: {flag} is empty; give a text, or leave it out where it may be"
+    )
