@@ -3,6 +3,7 @@
 import re
 import unicodedata
 from collections.abc import Iterator
+from typing import Any
 
 
 class UserError(ValueError):
@@ -55,6 +56,17 @@ def check_text(text: str, name: str) -> str:
             "UTF-8, or set LC_ALL=C.UTF-8"
         ) from None
     return text
+
+
+def check_kind(value: Any, kinds: type | tuple[type, ...], name: str, accepted: str) -> Any:
+    """Returns a value of one of ``kinds``; true and false are no numbers.
+
+    Raises:
+      UserError: naming it, what it is, and what is ``accepted``.
+    """
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise UserError(f"{name} is {printable(repr(value)[:60])}; give {accepted}")
+    return value
 
 
 def reason(error: BaseException, limit: int = 120) -> str:

@@ -56,8 +56,7 @@ def evidence(reply: Reply) -> str:
         f"{reply.total_tokens} tokens kept"
     )
     if reply.moments:
-        times = ", ".join(clock(moment.time) for moment in reply.moments)
-        text += f"; remembered most: {times}"
+        text += f"; remembered most: {', '.join(clocks([each.time for each in reply.moments]))}"
     return text
 
 
@@ -79,18 +78,31 @@ def reply_line(reply: Reply) -> dict[str, Any]:
     return line
 
 
-def clock(seconds: float) -> str:
-    """Such as ``0:07`` or ``1:02:03``; tenths where they are not zero."""
-    tenths = round(seconds * 10)
-    whole, rest = divmod(tenths, 10)
+def clocks(times: Sequence[float]) -> list[str]:
+    """Times in seconds as texts, each once, with the fewest decimals that tell them apart."""
+    for decimals in range(1, 7):
+        texts = dict.fromkeys(clock(time, decimals) for time in times)
+        if len(texts) == len(set(times)):
+            break
+    return list(texts)
+
+
+def clock(seconds: float, decimals: int = 1) -> str:
+    """Such as ``0:07`` or ``1:02:03``; so many decimals, less the zeros at the end."""
+    whole, rest = divmod(round(seconds * 10**decimals), 10**decimals)
     minutes, second = divmod(whole, 60)
     hours, minute = divmod(minutes, 60)
     text = f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
-    return f"{text}.{rest}" if rest else text
+    return f"{text}.{rest:0{decimals}d}".rstrip("0") if rest else text
 
 
 def _model(args: argparse.Namespace) -> VideoModel:
-    return load(args.model, policy=args.policy, dtype=args.dtype, on_truncated=args.on_truncated)
+    return load(
+        args.model,
+        policy=args.policy or "",
+        dtype=args.dtype or "",
+        on_truncated=args.on_truncated or "",
+    )
 
 
 def _reading(args: argparse.Namespace) -> dict[str, Any]:

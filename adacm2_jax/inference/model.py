@@ -3,14 +3,15 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import numbers
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from adacm2_jax.errors import DataError, UserError, check_text
+from adacm2_jax.errors import DataError, UserError, check_kind, check_text
 from adacm2_jax.inference.answerer import Answer, Answerer, Reading
 from adacm2_jax.inference.processor import Processor
 from adacm2_jax.progress import Progress
@@ -144,10 +145,12 @@ class VideoModel:
           policies those of the first policy come first.
 
         Raises:
-          UserError: for a question that is too long.
+          UserError: for a question that is too long, or an argument of another type.
           DataError: if the video cannot be read to its end.
         """
-        several = [questions] if isinstance(questions, str) else list(questions)
+        several = [questions] if isinstance(questions, str) else _texts(questions, "questions")
+        if check_kind(moments, numbers.Integral, "moments", "a whole number from 0 on") < 0:
+            raise UserError(f"moments is {moments}; give a whole number from 0 on")
         with self._reading(video, several, sampling, start, end) as (answerer, reading, row):
             replies = [
                 reply
@@ -192,12 +195,15 @@ class VideoModel:
           question: that they answer.
 
         Raises:
-          UserError: for fewer labels, or one that is too long.
+          UserError: for fewer labels, one that is empty or too long, or an argument of another
+            type.
           DataError: if the video cannot be read to its end.
         """
         if isinstance(labels, str):
             raise UserError(f"labels are one text, {labels!r}: give a list of them")
-        labels = list(labels)
+        labels = _texts(labels, "labels")
+        if not all(map(str.strip, labels)):
+            raise UserError(f"labels are {labels!r}: one is empty; give each a text")
         if len(set(labels)) < 2 or len(set(labels)) < len(labels):
             raise UserError(f"labels are {labels!r}: give at least two, all different")
         for label in labels:
@@ -223,6 +229,8 @@ class VideoModel:
         """The memories after the whole video."""
         if not questions:
             raise UserError("questions are empty; ask at least one")
+        for question in questions:
+            check_kind(question, str, "a question", "a text")
         prompts = [self._ask_as(check_text(question, "a question")) for question in questions]
         self._processor.questions(prompts)
         row = self._open(video, sampling, start, end)
@@ -245,8 +253,18 @@ class VideoModel:
         start: float | None,
         end: float | None,
     ) -> Row:
+        path = "the path of a video file, a text or a pathlib.Path"
+        check_kind(video, (str, os.PathLike), "video", path)
+        name = check_text(check_kind(os.fspath(video), str, "video", path), "a path")
+        if not name:
+            raise UserError(f"video is ''; give {path}")
+        for time, what in ((start, "start"), (end, "end")):
+            if time is not None:
+                check_kind(time, numbers.Real, what, "seconds as a number, or None")
+        if sampling is not None:
+            check_kind(sampling, Sampling, "sampling", "an adacm2_jax.Sampling, or None")
         return open_video(
-            _Clip(check_text(os.fspath(video), "a path"), start, end),
+            _Clip(name, start, end),
             size=self._size,
             chunk=self._chunk,
             sampling=sampling or ONE_A_SECOND,
@@ -300,3 +318,12 @@ class VideoModel:
                     for each in kept.frames[: moments if kept.kept_tokens < total else 0]
                 ),
             )
+
+
+def _texts(values: Any, name: str) -> list[str]:
+    """A list of texts from whatever holds several."""
+    accepted = "a list of texts"
+    check_kind(values, Iterable, name, accepted)  # type: ignore[type-abstract]
+    if isinstance(values, (bytes, Mapping)):
+        raise UserError(f"{name} are {values!r:.60}; give {accepted}")
+    return [check_kind(text, str, f"one of {name}", "a text") for text in values]

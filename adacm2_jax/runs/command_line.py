@@ -100,7 +100,7 @@ def _run(path: str, arguments: Sequence[str]) -> Any:
         if isinstance(error, SyntaxError) and error.filename in (None, path):
             line = f", line {error.lineno}" if error.lineno else ""
             raise UserError(
-                f"{name} is no Python file ({reason(error.msg)}{line}); {_GIVE}"
+                f"{name} is no Python file ({printable(error.msg)}{line}); {_GIVE}"
             ) from error
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == path]

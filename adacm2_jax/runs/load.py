@@ -10,9 +10,9 @@ from typing import Any
 import jax.numpy as jnp
 from flax import traverse_util
 
-from adacm2_jax.config import AdaCM2Config, to_dict
+from adacm2_jax.config import AdaCM2Config, from_dict, to_dict
 from adacm2_jax.distributed import connect
-from adacm2_jax.errors import UserError
+from adacm2_jax.errors import UserError, check_kind
 from adacm2_jax.inference.answerer import Answerer
 from adacm2_jax.inference.model import VideoModel
 from adacm2_jax.inference.processor import Processor
@@ -81,6 +81,19 @@ def load(
     Raises:
       UserError: if there is no model, it is damaged, or a value cannot be used.
     """
+    place = "the directory of a run or of a converted checkpoint"
+    if not os.fspath(check_kind(directory, (str, os.PathLike), "directory", place)):
+        raise UserError(f"directory is ''; give {place}")
+    for name, text in (("policy", policy), ("dtype", dtype), ("on_truncated", on_truncated)):
+        check_kind(text, str, name, "a text; '' for the run's own")
+    for name, fields in (("memory", memory), ("generation", generation)):
+        check_kind(fields or {}, dict, name, "a dictionary of fields, or None")
+    if mesh is not None:
+        sizes = "two whole numbers, such as (-1, 1)"
+        if len(check_kind(mesh, (tuple, list), "mesh", sizes)) != 2:
+            raise UserError(f"mesh is {mesh!r}; give {sizes}")
+        for size in mesh:
+            check_kind(size, int, "one of mesh", "a whole number")
     if dtype == "float64":
         raise UserError("dtype is 'float64', which is for proofs; use float32, bfloat16 or float16")
     experiment = experiment_of(directory)
@@ -188,7 +201,8 @@ def _replace(config: Any, name: str, values: dict[str, Any]) -> Any:
     for field in values:
         if field not in known:
             raise UserError(f"{name}.{field} is unknown; known: {', '.join(sorted(known))}")
-    return dataclasses.replace(config, **values)
+    given = {each: getattr(config, each) for each in known} | values
+    return from_dict(given, type(config), f"{name}.")
 
 
 def start_params(

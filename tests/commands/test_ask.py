@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import adacm2_jax
-from adacm2_jax.commands.ask import clock
+from adacm2_jax.commands.ask import clock, clocks
 from adacm2_jax.errors import DataError, UserError
+from adacm2_jax.room import host_memory
 from tests.small import (
     QUESTION,
     ROOT,
@@ -106,6 +107,72 @@ def test_bad_input_is_named(model, small_run, clip, tmp_path):
         model.choose(clip, "12")
 
 
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda m, clip: m.ask(clip, None), "questions is None; give a list of texts"),
+        (lambda m, clip: m.ask(clip, 3), "questions is 3; give a list of texts"),
+        (lambda m, clip: m.ask(clip, b"why"), "questions are b'why'; give a list of texts"),
+        (lambda m, clip: m.ask(clip, ["a", None]), "one of questions is None; give a text"),
+        (lambda m, clip: m.caption(clip, {"a": 1}), "questions are {'a': 1}; give a list of texts"),
+        (lambda m, clip: m.ask(None, QUESTION), "video is None; give the path of a video file"),
+        (lambda m, clip: m.ask(b"a.mp4", QUESTION), "video is b'a.mp4'; give the path of a video"),
+        (lambda m, clip: m.ask("", QUESTION), "video is ''; give the path of a video file"),
+        (
+            lambda m, clip: m.ask(clip, QUESTION, start="1"),
+            "start is '1'; give seconds as a number",
+        ),
+        (lambda m, clip: m.ask(clip, QUESTION, end=True), "end is True; give seconds as a number"),
+        (
+            lambda m, clip: m.ask(clip, QUESTION, sampling=2),
+            "sampling is 2; give an adacm2_jax.Sam",
+        ),
+        (lambda m, clip: m.ask(clip, QUESTION, moments=None), "moments is None; give a whole"),
+        (lambda m, clip: m.ask(clip, QUESTION, moments=-1), "moments is -1; give a whole number"),
+        (lambda m, clip: m.choose(clip, None), "labels is None; give a list of texts"),
+        (lambda m, clip: m.choose(clip, ["a", 2]), "one of labels is 2; give a text"),
+        (lambda m, clip: m.choose(clip, ["a", " "]), "labels are ['a', ' ']: one is empty"),
+        (lambda m, clip: m.choose(clip, ["a", "b"], None), "a question is None; give a text"),
+    ],
+)
+def test_a_wrong_type_is_told_with_the_argument_and_its_value(model, clip, ask, message):
+    with pytest.raises(UserError) as error:
+        ask(model, clip)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"directory": None}, "directory is None; give the directory of a run"),
+        ({"directory": b"runs"}, "directory is b'runs'; give the directory"),
+        ({"directory": ""}, "directory is ''; give the directory"),
+        ({"policy": None}, "policy is None; give a text"),
+        ({"dtype": np.float32}, "dtype is <class 'numpy.float32'>; give a text"),
+        ({"on_truncated": True}, "on_truncated is True; give a text"),
+        ({"memory": [1]}, "memory is [1]; give a dictionary"),
+        ({"memory": {"capacity": "9"}}, "memory.capacity must be int, not '9'"),
+        ({"generation": "beams"}, "generation is 'beams'; give a dictionary"),
+        ({"generation": {"num_beams": "5"}}, "generation.num_beams must be int, not '5'"),
+        ({"mesh": 2}, "mesh is 2; give two whole numbers"),
+        ({"mesh": (1, 1, 1)}, "mesh is (1, 1, 1); give two whole numbers"),
+        ({"mesh": (1, "1")}, "one of mesh is '1'; give a whole number"),
+    ],
+)
+def test_a_model_that_cannot_be_meant_is_told(small_run, given, message):
+    with pytest.raises(UserError) as error:
+        adacm2_jax.load(**({"directory": small_run} | given))
+    assert str(error.value).startswith(message)
+
+
+def test_a_memory_that_holds_everything_is_refused_where_it_cannot(small_run, clip):
+    model = adacm2_jax.load(small_run, policy="full")
+    # 20 bytes a token and layer at least: five tokens a frame.
+    frames = host_memory() // 100
+    with pytest.raises(UserError, match=f"tokens of {frames:,} frames under policy 'full' need"):
+        model.ask(clip, QUESTION, sampling=adacm2_jax.Sampling("uniform", num_frames=frames))
+
+
 def test_the_command_answers_from_any_directory(small_run, clip, tmp_path):
     command = [sys.executable, "-m", "adacm2_jax.commands", "ask", clip, "--model", small_run]
     done = subprocess.run(
@@ -153,6 +220,11 @@ def test_labels_on_the_command_line(small_run, clip, capsys):
         (["--start", "99"], ["clip.mp4", "start=99"]),
         (["--num-frames", "0"], ["num_frames=0"]),
         (["--output", "{clip}"], ["clip.mp4", "nothing can be written"]),
+        (["--output", ""], ["--output is empty; give a text"]),
+        (["--question", " "], ["--question is empty; give a text"]),
+        (["--model", ""], ["--model is empty; give a text"]),
+        (["--start", "2", "--end", "2"], ["start=2 s and end=2 s leave nothing to read"]),
+        (["--fps", "1e12"], ["clip.mp4", "20,000,000,000,000 frames", "GB", "lower --fps"]),
     ],
 )
 def test_wrong_flags_are_one_line(small_run, clip, capsys, given, words):
@@ -196,3 +268,18 @@ def test_importing_the_package_is_quick_and_imports_nothing():
 )
 def test_times_are_for_people(seconds, text):
     assert clock(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("times", "texts"),
+    [
+        ([], []),
+        ([7.04, 67.25], ["0:07", "1:07.2"]),
+        ([1.01, 1.02, 1.03], ["0:01.01", "0:01.02", "0:01.03"]),
+        ([1.5, 1.51, 1.5], ["0:01.5", "0:01.51"]),
+        ([2.0, 2.0004], ["0:02", "0:02.0004"]),
+        ([1.0, 1.0 + 1e-9], ["0:01"]),
+    ],
+)
+def test_different_times_look_different(times, texts):
+    assert clocks(times) == texts
