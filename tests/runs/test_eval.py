@@ -339,6 +339,9 @@ def test_a_truncated_mp4_is_found_by_its_index(small_run, tmp_path, no_parameter
         ),
         (["--video=clip.mp4"], ["--video", "--question"]),
         (["--question=why?"], ["--video", "--question"]),
+        (["--output="], ["--output is empty; name a directory"]),
+        (["--video=a.mp4", "--question= "], ["--question or --video is empty"]),
+        (["--video=", "--question=why?"], ["--question or --video is empty"]),
         (["--colour=red"], ["colour"]),
     ],
 )
