@@ -1,6 +1,8 @@
-"""The errors that are meant for the person at the keyboard."""
+"""The errors and warnings that are meant for the person at the keyboard."""
 
+import logging
 import re
+import sys
 import unicodedata
 from collections.abc import Iterator
 from typing import Any
@@ -89,3 +91,33 @@ def printable(text: str) -> str:
 
 #: Categories of control characters and of halves of surrogate pairs.
 _UNSEEN = ("Cc", "Cs")
+
+
+class _Lines(logging.Handler):
+    """Writes what is logged as our own messages are written, and nothing twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes a record, unless one like it was written."""
+        line = f"{record.levelname.lower()}: {self.format(record)}"
+        if line not in self._said:
+            self._said.add(line)
+            print(line, file=sys.stderr, flush=True)
+
+
+def show_warnings() -> None:
+    """Logged warnings become lines on stderr, each once: an epoch meets the same videos again.
+
+    Of what libraries log through absl (Orbax, Grain), errors alone are shown: nothing else that
+    they report is the user's to mend.
+    """
+    root = logging.getLogger()
+    for handler in root.handlers[:]:
+        stream = getattr(handler, "stream", None)  # of who called logging.basicConfig
+        if isinstance(handler, _Lines) or stream in (sys.stdout, sys.stderr):
+            root.removeHandler(handler)
+    root.addHandler(_Lines())
+    logging.getLogger("absl").setLevel(logging.ERROR)

@@ -16,7 +16,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from adacm2_jax.errors import DataError, UserError
+from adacm2_jax.errors import DataError, UserError, show_warnings
 from adacm2_jax.video.frames import Sampling, read_clip
 from data.jsonl import Example
 
@@ -259,6 +259,7 @@ class BatchReader:
 def _live_as_long_as_parent(*_: int) -> None:
     """In a decoding process, which hears no signals: it ends when its parent does, however that
     is."""
+    show_warnings()
     parent = multiprocessing.parent_process()
 
     def follow() -> None:

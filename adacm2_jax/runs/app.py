@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from adacm2_jax import distributed, interrupt
-from adacm2_jax.errors import UserError, check_text
+from adacm2_jax.errors import UserError, check_text, show_warnings
 from adacm2_jax.runs import command_line
 
 #: Switches the compilation cache off, or names another directory for it.
@@ -29,7 +29,7 @@ def run(
       doc: what the script does; ``--help`` begins with it.
       complete: adds to the command line.
     """
-    from absl import flags, logging
+    from absl import flags
 
     flags.DEFINE_boolean("debug", False, "Show the traceback of an error.")
     flags.DEFINE_boolean("distributed", False, "One of several processes, as TPU or SLURM say.")
@@ -37,8 +37,6 @@ def run(
     flags.DEFINE_integer("num_processes", None, "How many processes there are.")
     flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
     flags.DEFINE_integer("join_timeout", 300, "Seconds until all processes must have come.")
-    logging.use_absl_handler()
-    logging.set_verbosity(logging.WARNING)
     if {"--help", "-help", "-h", "--helpfull"} & set(argv[1:]):
         print(_help(doc))
         sys.exit(0)
@@ -63,6 +61,7 @@ def guarded(main: Callable[[], int | None], debug: bool = False) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that is ASCII alone
+    show_warnings()
     keep_compiled()
     try:
         with interrupt.raised():
