@@ -17,12 +17,12 @@ from adacm2_jax.inference.answerer import Answerer
 from adacm2_jax.inference.model import VideoModel
 from adacm2_jax.inference.processor import Processor
 from adacm2_jax.models.params import abstract_params, fresh_params, join_params
-from adacm2_jax.room import check_room
 from adacm2_jax.runs import experiment as experiments
 from adacm2_jax.runs.checkpoint import find_params, restore_params
 from adacm2_jax.runs.experiment import MAY_CHANGE, Experiment, check_same
 from adacm2_jax.runs.workdir import find_base, is_base, read_base, read_config, write_link
 from adacm2_jax.sharding import make_mesh
+from adacm2_jax.video.room import check_room
 from adacm2_jax.video.sampling import FEWER
 
 #: How LAVIS asks InstructBLIP, for a converted checkpoint, which has no experiment of its own.

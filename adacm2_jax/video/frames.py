@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from adacm2_jax.errors import DataError, printable, reason
-from adacm2_jax.room import check_room
 from adacm2_jax.video.info import Source, TruncatedError, VideoInfo
 from adacm2_jax.video.resize import RESIZES
+from adacm2_jax.video.room import check_room
 from adacm2_jax.video.sampling import FEWER, Sampling, sample_times
 
 if TYPE_CHECKING:

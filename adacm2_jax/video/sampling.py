@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from adacm2_jax.errors import DataError
-from adacm2_jax.room import check_room
+from adacm2_jax.video.room import check_room
 
 #: How frames can be made square, see resize.py.
 RESIZE_NAMES = ("clean", "ma_lmm")

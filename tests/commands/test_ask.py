@@ -11,7 +11,7 @@ import pytest
 import adacm2_jax
 from adacm2_jax.commands.ask import clock, clocks
 from adacm2_jax.errors import DataError, UserError
-from adacm2_jax.room import host_memory
+from adacm2_jax.video.room import host_memory
 from tests.small import (
     QUESTION,
     ROOT,

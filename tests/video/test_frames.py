@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adacm2_jax.errors import DataError
-from adacm2_jax.room import host_memory
 from adacm2_jax.video.decoder import TruncatedError
 from adacm2_jax.video.frames import Sampling, probe, read_clip, read_frames, sample_times
+from adacm2_jax.video.room import host_memory
 from tests.video.make_videos import (
     VP9,
     add_cover,
