@@ -5,20 +5,18 @@ from __future__ import annotations
 import dataclasses
 import errno
 import logging
-import multiprocessing
-import os
 import re
 import signal
-import threading
 from collections.abc import Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
-from adacm2_jax.errors import DataError, UserError, show_warnings
+from adacm2_jax.errors import DataError, UserError
 from adacm2_jax.video.frames import Sampling, read_clip
 from data.jsonl import Example
+from data.workers import deaf_to_signals, live_as_long_as_parent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,15 +194,10 @@ def iter_batches(batches: grain.MapDataset, workers: int) -> BatchReader:
         return BatchReader(iter(batches.to_iter_dataset(options)), 0)
     dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
     processes = grain.MultiprocessingOptions(num_workers=workers)
-    reader = iter(dataset.mp_prefetch(processes, worker_init_fn=_live_as_long_as_parent))
-    # A signal may go to all processes of a job, or of a terminal (Ctrl-C), at any moment. This one
-    # then wants a last batch from the others; so they are born deaf to it, which they stay.
-    held_back = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-    try:
+    reader = iter(dataset.mp_prefetch(processes, worker_init_fn=live_as_long_as_parent))
+    with deaf_to_signals():  # a last batch is wanted of them after it
         reader.get_state()  # makes the iterators that are to start
         reader.start_prefetch()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held_back)
     return BatchReader(reader, workers)
 
 
@@ -254,20 +247,6 @@ class BatchReader:
             f"a decoding process was ended {how}{cause}: look at the log above, or lower "
             f"data.workers={self._workers}; the same command goes on from the newest checkpoint"
         )
-
-
-def _live_as_long_as_parent(*_: int) -> None:
-    """In a decoding process, which hears no signals: it ends when its parent does, however that
-    is."""
-    show_warnings()
-    parent = multiprocessing.parent_process()
-
-    def follow() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
 
 
 def stack(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from data.needle.render import (
     load_digits,
     plan_video,
 )
+from data.workers import deaf_to_signals, live_as_long_as_parent
 
 # So many are drawn before worker processes have so much as started.
 _FEW_FRAMES = 4000
@@ -144,7 +145,11 @@ def build(
     try:
         builder = Needle(data_dir=os.fspath(data_dir), config=config, file_format="array_record")
         tfds.disable_progress_bar()
-        builder.download_and_prepare()
+        try:
+            builder.download_and_prepare()
+        except FileExistsError:  # another process has meanwhile made the same
+            if not os.path.isdir(builder.data_path):
+                raise
     finally:
         logger.setLevel(level)
     return pathlib.Path(builder.data_path)
@@ -161,11 +166,16 @@ def _examples(split: str, num_frames: int, size: int, shown: bool) -> Iterator[t
     name = f"{split} videos of {num_frames} frames"
     with (
         Progress(name, size, unit="videos", shown=shown) as progress,
-        # What else this machine does at the time, such as training, comes first.
-        concurrent.futures.ProcessPoolExecutor(
-            os.cpu_count(), context, initializer=os.nice, initargs=(5,)
-        ) as pool,
+        concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context, initializer=_begin) as pool,
     ):
-        for record in pool.map(make_record, *arguments, chunksize=8):
+        with deaf_to_signals():
+            records = pool.map(make_record, *arguments, chunksize=8)
+        for record in records:
             yield record["id"], record
             progress.update()
+
+
+def _begin() -> None:
+    """In a process that makes videos."""
+    os.nice(5)  # what else this machine does at the time, such as training, comes first
+    live_as_long_as_parent()

@@ -12,6 +12,7 @@ from adacm2_jax.errors import DataError
 from adacm2_jax.inference.processor import Processor, train_tokenizers
 from adacm2_jax.video.frames import Sampling, probe, read_clip
 from configs import needle
+from data.needle import builder
 from data.needle.builder import build, make_record
 from data.needle.drawn import LABELS, DrawnClips, labelled_frames
 from data.needle.render import (
@@ -253,3 +254,15 @@ def test_drawn_clips_have_the_model_s_size_and_do_not_change():
         DrawnClips(1, 3)[3]
     with pytest.raises(DataError, match=r"data\.needle\.num_frames = 2"):
         DrawnClips(2, 3)
+
+
+def test_who_comes_second_takes_the_data_that_another_process_has_made(tmp_path, monkeypatch):
+    def meanwhile(*arguments):
+        monkeypatch.setattr(builder, "make_record", make_record)
+        made.append(build(tmp_path, 3, {"test": 2}))  # the other, which is done first
+        return make_record(*arguments)
+
+    made = []
+    monkeypatch.setattr(builder, "make_record", meanwhile)
+    assert [build(tmp_path, 3, {"test": 2})] == made
+    assert len(RecordSource(made[0], "test")) == 2
