@@ -34,7 +34,7 @@ def curves(compiled_once, tmp_path_factory) -> dict:
         2,
         {("two", shape): {"shape": shape} for shape in MESHES[1:]}
         | {("two", MESHES[0]): {"shape": MESHES[0], "save": by_two, "interleaved": True}}
-        | {"eight to two": {"shape": (2, 4), "load": str(path / "by_eight")}},
+        | {"eight to two": {"shape": MESHES[-1], "load": str(path / "by_eight")}},
     )
     run(
         1,

@@ -9,10 +9,16 @@ from adacm2_jax.errors import UserError
 from adacm2_jax.models.params import param_shapes
 from adacm2_jax.models.vit import VisionTransformer, normalise
 from adacm2_jax.training.pretrain import pretrain_vision
-from tests.small import small_model
+from tests.small import quick_compilation, small_model
 
 CONFIG = small_model()
 VISION = CONFIG.vision
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(compiled_once):
+    with quick_compilation():
+        yield
 
 
 def corners(rows: int, seed: int):
