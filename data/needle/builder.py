@@ -24,6 +24,8 @@ from data.needle.render import (
 )
 from data.workers import deaf_to_signals, live_as_long_as_parent
 
+# The version before: as many videos, other digits and questions.
+_EARLIER = "1.0.0"
 # So many are drawn before worker processes have so much as started.
 _FEW_FRAMES = 4000
 
@@ -144,6 +146,8 @@ def build(
     logger.setLevel(logging.ERROR)
     try:
         builder = Needle(data_dir=os.fspath(data_dir), config=config, file_format="array_record")
+        if earlier := _earlier(pathlib.Path(builder.data_path)):
+            return earlier
         tfds.disable_progress_bar()
         try:
             builder.download_and_prepare()
@@ -153,6 +157,13 @@ def build(
     finally:
         logger.setLevel(level)
     return pathlib.Path(builder.data_path)
+
+
+def _earlier(path: pathlib.Path) -> pathlib.Path | None:
+    """The same data set as an earlier version of this file made it, where there is no other: a run
+    goes on with the very videos that it began with."""
+    found = path.with_name(_EARLIER)
+    return found if (found / "dataset_info.json").exists() and not path.exists() else None
 
 
 def _examples(split: str, num_frames: int, size: int, shown: bool) -> Iterator[tuple[str, dict]]:

@@ -218,6 +218,16 @@ def test_ordinary_questions_fit_the_model_that_is_asked_later(tmp_path):
     Processor.load(tmp_path, early).questions(texts)
 
 
+def test_videos_of_an_earlier_version_are_read_where_they_are(tmp_path):
+    made = build(tmp_path, 3, {"test": 2})
+    assert made.name == "2.0.0"
+    made.rename(made.with_name("1.0.0"))
+    assert build(tmp_path, 3, {"test": 2}) == made.with_name("1.0.0")
+    assert not made.exists()
+    assert len(RecordSource(made.with_name("1.0.0"), "test")) == 2
+    assert build(tmp_path, 3, {"test": 3}).name == "2.0.0"  # another set
+
+
 def test_a_video_may_be_drawn_larger():
     small, large = make_record("test", 5, 1), make_record("test", 5, 1, size=256)
     info = probe(large["video"])
