@@ -17,15 +17,26 @@ __version__ = "0.1.0"
 _OFFERED = {
     "load": "adacm2_jax.runs.load",
     "VideoModel": "adacm2_jax.inference.model",
-    "Reply": "adacm2_jax.inference.model",
-    "Moment": "adacm2_jax.inference.model",
-    "Choice": "adacm2_jax.inference.model",
+    "Session": "adacm2_jax.inference.session",
+    "Reply": "adacm2_jax.inference.reply",
+    "Moment": "adacm2_jax.inference.reply",
+    "Choice": "adacm2_jax.inference.reply",
     "Sampling": "adacm2_jax.video.sampling",
     "UserError": "adacm2_jax.errors",
     "DataError": "adacm2_jax.errors",
 }
 
-__all__ = ["Choice", "DataError", "Moment", "Reply", "Sampling", "UserError", "VideoModel", "load"]
+__all__ = [
+    "Choice",
+    "DataError",
+    "Moment",
+    "Reply",
+    "Sampling",
+    "Session",
+    "UserError",
+    "VideoModel",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,8 @@ from adacm2_jax.errors import UserError
 
 Ratio = str | int | float | Fraction
 POLICIES = ("adacm2", "full", "recent", "uniform", "random", "budget", "merge")
+#: Those that rank tokens by a score, which may be mixed with novelty.
+SCORED = ("adacm2", "budget")
 SCORE_ROWS = ("query", "text", "query+text")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -129,6 +131,9 @@ class MemoryConfig:
       max_frames: ``full`` only: the longest video that it must hold; of a longer one it holds the
         newest ``max_frames`` frames.
       capacity: ``budget`` only: the tokens that a layer holds before anything is dropped.
+      novelty: of ``adacm2`` and ``budget``: w in the score (1 − w) · attention + w · novelty, where
+        novelty is how unlike all older tokens one is; see ``memory/slots.py``. With 1 no question
+        is needed to choose.
       bank_frames: ``merge`` only: M, the frames that each bank holds (MA-LMM's memory_bank_length).
         No gradient passes through the banks.
     """
@@ -139,6 +144,7 @@ class MemoryConfig:
     score_rows: str = "query"
     max_frames: int = 0
     capacity: int = 0
+    novelty: float = 0.0
     bank_frames: int = 0
 
     def __post_init__(self):
@@ -163,6 +169,13 @@ class MemoryConfig:
             raise UserError(
                 f"memory.capacity is {self.capacity}: policy 'budget' needs the number of tokens "
                 "that a layer may hold"
+            )
+        if not 0 <= self.novelty <= 1:
+            raise UserError(f"memory.novelty must be in [0, 1], not {self.novelty}")
+        if self.novelty and self.policy not in SCORED:
+            raise UserError(
+                f"memory.novelty is {self.novelty}, but policy {self.policy!r} has no score to mix "
+                "it with; use 'adacm2' or 'budget', or 0"
             )
         if self.policy == "merge" and self.bank_frames < 1:
             raise UserError(

@@ -80,10 +80,15 @@ def beside_path(path: Path) -> Path:
 
 def write_text(path: str | pathlib.Path, text: str) -> None:
     """Writes a file beside, then renames it: there is never half a file."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | pathlib.Path, content: bytes) -> None:
+    """Writes a file beside, then renames it."""
     path = pathlib.Path(path) if isinstance(path, str) else path  # an epath stays one
     beside = beside_path(path)
     try:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_bytes(content)
         beside.replace(path)
     except BaseException:
         beside.unlink(missing_ok=True)

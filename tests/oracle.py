@@ -48,6 +48,7 @@ class Step:
       live: (frame, patch) of every token attended to, oldest first.
       score: [n], what the tokens were ranked by.
       score_error: bound on the relative error of a float32 score; 0 where ranks are exact.
+      score_slack: bound on its absolute error beyond that.
       newest: how many of the newest stay whole.
       kept: (frame, patch) of the tokens that stay, oldest first.
     """
@@ -59,6 +60,7 @@ class Step:
     score_error: float
     newest: int
     kept: list[tuple[int, int]]
+    score_slack: float = 0.0
 
     def is_near_tie(self, other: list[tuple[int, int]]) -> bool:
         """Whether ``other`` is what rounding alone may have made of this selection.
@@ -74,14 +76,14 @@ class Step:
         if not come <= set(self.live) or set(self.live[first_new:]) & gone:
             return False
         high, low = max(score[token] for token in gone), min(score[token] for token in come)
-        return high - low <= self.score_error * (high + low)
+        return high - low <= self.score_error * (high + low) + 2 * self.score_slack
 
 
 class RaggedMemory:
     """What one layer remembers of one video."""
 
-    def __init__(self, policy: str, rho, beta, limit: int = 0):
-        self.policy, self.limit = policy, limit
+    def __init__(self, policy: str, rho, beta, limit: int = 0, novelty: float = 0.0):
+        self.policy, self.limit, self.novelty = policy, limit, novelty
         self.rho, self.beta = Fraction(str(rho)), Fraction(str(beta))
         self.tokens: list[tuple[int, int]] = []
         self.keys: list[np.ndarray] = []
@@ -119,6 +121,15 @@ class RaggedMemory:
             score = _probs(scoring, keys).sum(axis=(0, 1))
             rows = scoring.shape[0] * scoring.shape[1]
             score_error = _probs_error(scoring, keys) + (rows + 1) * U
+        slack = 0.0
+        if self.novelty:
+            share = score / score.max()
+            score = (1 - self.novelty) * share + self.novelty * _novelty(keys)
+            # Of a quotient of two scores; a cosine is a sum of H · D products of numbers whose
+            # length is right to as many roundings (half of them, by its square root, and twice).
+            size = keys.shape[0] * keys.shape[2]
+            slack = (1 - self.novelty) * (2 * score_error + U) + self.novelty * (2 * size + 8) * U
+            score_error = 3 * U
 
         newest, count = kept_counts(self.policy, n, self.rho, self.beta, self.limit)
         ranking = sorted(range(n - newest), key=lambda i: -score[i])  # stable: ties to the oldest
@@ -133,6 +144,7 @@ class RaggedMemory:
             score_error=score_error,
             newest=newest,
             kept=list(self.tokens),
+            score_slack=slack,
         )
 
     def adopt(self, kept: list[tuple[int, int]]) -> None:
@@ -144,6 +156,20 @@ class RaggedMemory:
         for name in ("tokens", "keys", "values", "ranks"):
             items = getattr(self, name)
             setattr(self, name, [items[i] for i in stay])
+
+
+def _novelty(keys) -> np.ndarray:
+    """Of each of n tokens, half the cosine distance to the nearest of those before it; [H, n, D]
+    → [n]."""
+    found = [1.0]
+    for i in range(1, keys.shape[1]):
+        mine, likeness = keys[:, i].ravel(), -1.0
+        for j in range(i):
+            other = keys[:, j].ravel()
+            lengths = np.linalg.norm(mine) * np.linalg.norm(other)
+            likeness = max(likeness, mine @ other / lengths if lengths else 0.0)
+        found.append((1 - likeness) / 2)
+    return np.array(found)
 
 
 def _probs(query, keys) -> np.ndarray:

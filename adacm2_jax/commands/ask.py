@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from adacm2_jax.files import check_writable, keep_earlier, write_text
-from adacm2_jax.inference.model import CAPTION, Choice, Reply, VideoModel
+from adacm2_jax.inference.model import CAPTION, VideoModel
+from adacm2_jax.inference.reply import Choice, Reply
 from adacm2_jax.runs.load import load
 from adacm2_jax.video.sampling import ONE_A_SECOND, Sampling
 

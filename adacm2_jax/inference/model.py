@@ -2,7 +2,8 @@
 
 import concurrent.futures
 import contextlib
-import dataclasses
+import functools
+import math
 import numbers
 import os
 import sys
@@ -12,83 +13,16 @@ from typing import Any
 import numpy as np
 
 from adacm2_jax.errors import DataError, UserError, check_kind, check_text
-from adacm2_jax.inference.answerer import Answer, Answerer, Reading
+from adacm2_jax.inference.answerer import Answerer, Reading
 from adacm2_jax.inference.processor import Processor
+from adacm2_jax.inference.reply import Choice, Moment, Reply
+from adacm2_jax.inference.session import Session, SessionModel, open_memory, resume
 from adacm2_jax.progress import Progress
 from adacm2_jax.video.sampling import ONE_A_SECOND, Sampling
-from adacm2_jax.video.stream import Row, lock_step, open_video
+from adacm2_jax.video.stream import Row, VideoFile, lock_step, open_video
 
 #: What is asked where no question is.
 CAPTION = "what does the video describe?"
-
-
-@dataclasses.dataclass(frozen=True)
-class Moment:
-    """A frame that is still remembered.
-
-    Attributes:
-      time: seconds from the video's beginning.
-      tokens: of this frame, how many are kept, all layers together.
-      score: the cross-attention that they received last, summed.
-    """
-
-    time: float
-    tokens: int
-    score: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Reply:
-    """An answer and what it rests on.
-
-    Attributes:
-      video: path of the file.
-      question: as it was asked.
-      answer: as the language model wrote it.
-      score: its (length-normalised) log-probability.
-      n_best: all answers that were wanted, best first.
-      policy: of the memory.
-      frames: that were read.
-      kept_tokens: visual tokens that a layer holds in the end, at most.
-      total_tokens: visual tokens that the frames had.
-      moments: the frames that are remembered most, most first; empty where every token is kept, and
-        under policy ``merge``, whose means belong to no frame.
-    """
-
-    video: str
-    question: str
-    answer: str
-    score: float
-    n_best: tuple[Answer, ...]
-    policy: str
-    frames: int
-    kept_tokens: int
-    total_tokens: int
-    moments: tuple[Moment, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """A label and how likely it is as the answer.
-
-    Attributes:
-      label: the text.
-      log_likelihood: sum over its tokens, its end included.
-      probability: among the labels that were given; they sum to 1.
-    """
-
-    label: str
-    log_likelihood: float
-    probability: float
-
-
-@dataclasses.dataclass(frozen=True)
-class _Clip:
-    """What the reader of videos wants to know."""
-
-    video: str
-    start: float | None
-    end: float | None
 
 
 class VideoModel:
@@ -103,6 +37,7 @@ class VideoModel:
       chunk: frames that pass through the networks together.
       resize: how frames are made square.
       on_truncated: of a file that is cut short: ``error`` or ``use``.
+      sessions: called for what all sessions share when the first one begins.
     """
 
     def __init__(
@@ -115,11 +50,13 @@ class VideoModel:
         chunk: int,
         resize: str,
         on_truncated: str,
+        sessions: Callable[[], SessionModel],
     ):
         self._make, self._processor, self._ask_as = make_answerer, processor, ask_as
         self._size, self._chunk = size, chunk
         self._resize, self._on_truncated = resize, on_truncated
         self._answerers: dict[int, Answerer] = {}
+        self._sessions = functools.cache(sessions)
 
     def ask(
         self,
@@ -217,6 +154,48 @@ class VideoModel:
         order = np.argsort(-scores, kind="stable")
         return [Choice(labels[i], float(scores[i]), float(shares[i])) for i in order]
 
+    def session(
+        self,
+        questions: str | Sequence[str] = (),
+        *,
+        seconds_per_frame: float = 1.0,
+        open_tokens: int = 0,
+    ) -> Session:
+        """A stream that may be asked at any moment, in constant memory.
+
+        Args:
+          questions: that are known beforehand: each has a memory of its own.
+          seconds_per_frame: between two frames.
+          open_tokens: how many tokens a layer keeps for questions that nobody has asked yet; by
+            default those of two frames.
+
+        Raises:
+          UserError: for a question that is too long, or a value that cannot be used.
+        """
+        several = [questions] if isinstance(questions, str) else _texts(questions, "questions")
+        for question in several:
+            if not check_text(question, "a question").strip():
+                raise UserError("one of the known questions is empty; leave it out")
+        if len(set(several)) < len(several):
+            raise UserError(f"questions are {several!r}: give each once")
+        check_kind(seconds_per_frame, numbers.Real, "seconds_per_frame", "seconds above 0")
+        if not 0 < seconds_per_frame < math.inf:
+            raise UserError(f"seconds_per_frame is {seconds_per_frame}; give seconds above 0")
+        check_kind(open_tokens, numbers.Integral, "open_tokens", "a whole number")
+        if open_tokens < 0:
+            raise UserError(f"open_tokens is {open_tokens}; give a whole number from 1 on")
+        shared = self._sessions()
+        tokens = open_tokens or 2 * shared.config.vision.tokens_per_frame
+        return Session(shared, several, float(seconds_per_frame), open_memory(int(tokens)))
+
+    def resume(self, path: str | os.PathLike) -> Session:
+        """Goes on with a session that ``Session.save`` wrote, in this or another process.
+
+        Raises:
+          UserError: for a file that is none or damaged, and for one of another model.
+        """
+        return resume(self._sessions(), path)
+
     @contextlib.contextmanager
     def _reading(
         self,
@@ -264,7 +243,7 @@ class VideoModel:
         if sampling is not None:
             check_kind(sampling, Sampling, "sampling", "an adacm2_jax.Sampling, or None")
         return open_video(
-            _Clip(name, start, end),
+            VideoFile(name, start, end),
             size=self._size,
             chunk=self._chunk,
             sampling=sampling or ONE_A_SECOND,

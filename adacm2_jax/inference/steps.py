@@ -10,16 +10,13 @@ What comes after the last frame sees the query rows alone. So :func:`answer` and
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
 
 from adacm2_jax.config import AdaCM2Config, MemoryConfig
 from adacm2_jax.inference.generate import Generated, GenerationConfig, generate
-from adacm2_jax.models import before_last
 from adacm2_jax.models.adacm2 import AdaCM2, Question, StreamState, call, state_specs
-from adacm2_jax.models.before_last import BeforeLast
 from adacm2_jax.models.params import replicated_parts
 from adacm2_jax.sharding import ROWS, on_every_shard
 
@@ -59,50 +56,6 @@ def read(
         specs,
     )
     return run(replicated_parts(params), features, valid, question, state)
-
-
-def _specs(before: BeforeLast) -> Any:
-    rows: Any = ROWS
-    return BeforeLast(state_specs(before.state), rows, rows)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def hold_back(
-    model: AdaCM2,
-    params: dict,
-    before: BeforeLast,
-    features: jax.Array,
-    valid: jax.Array,
-    question: Question,
-) -> BeforeLast:
-    """A chunk into the memory but for its newest frame; see ``models/before_last.py``.
-
-    ``before`` is donated.
-    """
-    specs = _specs(before)
-    run = on_every_shard(
-        functools.partial(before_last.hold_back, model),
-        len(features),
-        (PartitionSpec(), specs, ROWS, ROWS, ROWS),
-        specs,
-    )
-    return run(replicated_parts(params), before, features, valid, question)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def ask(model: AdaCM2, params: dict, before: BeforeLast, question: Question) -> jax.Array:
-    """What the newest frame leaves of the queries when this is asked, [k · V, N, E].
-
-    See ``before_last.read_last``; ``before`` is not touched.
-    """
-    specs = _specs(before)
-    run = on_every_shard(
-        lambda *arrays: before_last.read_last(model, *arrays).queries,
-        len(before.held),
-        (PartitionSpec(), specs, ROWS),
-        ROWS,
-    )
-    return run(replicated_parts(params), before, question)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))

@@ -17,6 +17,9 @@ budget     ⌊ρ·capacity⌋           the rest         cross-attention; all st
 
 The policy ``merge`` drops nothing, so it has no counts: it is in ``banks.py``.
 
+With ``memory.novelty`` the attention of ``adacm2`` and ``budget`` is mixed with how unlike all
+older tokens a token is (``slots.novelty``).
+
 ``recent``, ``uniform`` and ``random`` keep exactly as many tokens as ``adacm2`` with the same ρ and
 β, after every frame and in every layer, so that a comparison differs in *which* tokens alone.
 """
@@ -53,12 +56,14 @@ class RetentionPlan:
       recent: int32[L, C + P + 1], tokens kept as the newest, indexed by live tokens.
       older: int32[L, C + P + 1], tokens kept by rank, likewise.
       ranking: ``attention``, ``stride`` or ``random``.
+      novelty: its share in the rank by attention, see ``MemoryConfig``.
     """
 
     capacity: int
     recent: np.ndarray
     older: np.ndarray
     ranking: str
+    novelty: float = 0.0
 
 
 def retention_counts(n: int, recent_ratio: Fraction, conserve_ratio: Fraction) -> tuple[int, int]:
@@ -109,7 +114,7 @@ def retention_plan(config: MemoryConfig, tokens_per_frame: int, num_layers: int)
         shares = np.array([[int(rho * config.capacity)] for rho in rhos])
         recent = np.where(crowded, shares, live)
         older = np.where(crowded, config.capacity - shares, 0)
-        return _plan(config.capacity, recent, older, ATTENTION)
+        return _plan(config.capacity, recent, older, ATTENTION, config.novelty)
 
     betas = _per_layer("conserve_ratio", config.conserve_ratio, num_layers)
     capacity = max(map(capacity_bound, [tokens_per_frame] * num_layers, rhos, betas))
@@ -124,7 +129,7 @@ def retention_plan(config: MemoryConfig, tokens_per_frame: int, num_layers: int)
         recent, older = recent + older, 0 * older
     elif config.policy != "adacm2":
         recent, older = 0 * recent, recent + older
-    return _plan(capacity, recent, older, _RANKING[config.policy])
+    return _plan(capacity, recent, older, _RANKING[config.policy], config.novelty)
 
 
 def plan_for(config: AdaCM2Config) -> RetentionPlan:
@@ -189,5 +194,8 @@ def _per_layer(field: str, value, num_layers: int) -> list[Fraction]:
     return [as_fraction(ratio) for ratio in value]
 
 
-def _plan(capacity: int, recent: np.ndarray, older: np.ndarray, ranking: str) -> RetentionPlan:
-    return RetentionPlan(capacity, recent.astype(np.int32), older.astype(np.int32), ranking)
+def _plan(
+    capacity: int, recent: np.ndarray, older: np.ndarray, ranking: str, novelty: float = 0.0
+) -> RetentionPlan:
+    counts = recent.astype(np.int32), older.astype(np.int32)
+    return RetentionPlan(capacity, *counts, ranking, novelty)

@@ -169,11 +169,13 @@ class Retention(struct.PyTreeNode):
     max_older: int = struct.field(pytree_node=False)
     #: ``attention``, ``stride`` or ``random``; see policies.py.
     ranking: str = struct.field(pytree_node=False)
+    #: The share of novelty in a rank by attention.
+    novelty: float = struct.field(pytree_node=False, default=0.0)
 
     @property
     def reads_attention(self) -> bool:
         """Whether what is kept depends on attention at all."""
-        return self.ranking == ATTENTION and self.max_older > 0
+        return self.ranking == ATTENTION and self.max_older > 0 and self.novelty < 1
 
 
 def init_memory(
@@ -249,6 +251,28 @@ def live_slots(memory: VideoMemory, count: jax.Array) -> jax.Array:
     )
 
 
+def novelty(memory: VideoMemory) -> jax.Array:
+    """How unlike all older tokens of its layer each live one is.
+
+    Half the cosine distance of its key to the nearest of theirs, float32[B, S] by slot, in [0, 1];
+    1 for the oldest, of no meaning in slots that are free. Of many alike the oldest is new and the
+    others are not, so a rank by novelty keeps one of each kind.
+    """
+    batch, heads, total, width = memory.key.shape
+    key = memory.key.swapaxes(1, 2).reshape(batch, total, heads * width)
+    key = jnp.take_along_axis(key, memory.slots[..., None], axis=1)
+    key = jax.lax.stop_gradient(key).astype(jnp.promote_types(key.dtype, jnp.float32))
+    length = jnp.linalg.norm(key, axis=-1, keepdims=True)
+    key = key / jnp.maximum(length, jnp.finfo(key.dtype).tiny)
+    likeness = jnp.einsum("bse,bte->bst", key, key)
+    older = jnp.arange(total)[:, None] > jnp.arange(total)  # in time order the live ones are first
+    nearest = jnp.max(jnp.where(older, likeness, -1.0), axis=-1)
+    distance = ((1 - nearest) / 2).astype(memory.score.dtype)
+    return jax.vmap(lambda slots, value: jnp.zeros_like(value).at[slots].set(value))(
+        memory.slots, distance
+    )
+
+
 def retain(
     memory: VideoMemory, count: jax.Array, retention: Retention, valid: jax.Array
 ) -> VideoMemory:
@@ -309,7 +333,7 @@ def read_frame(
     memory, count = _arrive(memory, retention, frame)
     live = live_slots(memory, count)
     probs = attention_probs(queries.rows, memory, live)
-    if retention.ranking == ATTENTION:
+    if retention.ranking == ATTENTION and retention.novelty < 1:
         score = probs.sum((1, 2))
         if queries.text is not None and queries.text_mask is not None:
             text = attention_probs(queries.text, memory, live)
@@ -317,6 +341,9 @@ def read_frame(
             # Where nothing is asked no text row can score: the query rows do.
             counts = queries.rows_score | ~queries.text_mask.any(1, keepdims=True)
             score = text + jnp.where(counts, score, 0)
+        if retention.novelty:
+            score = score / jnp.max(score, axis=1, keepdims=True)  # both in [0, 1]
+            score = (1 - retention.novelty) * score + retention.novelty * novelty(memory)
         score = jax.lax.stop_gradient(score).astype(memory.score.dtype)
         memory = memory.replace(score=jnp.where(frame.valid[:, None], score, memory.score))
     if dropout is not None:
@@ -374,10 +401,15 @@ def store_frames(memory: VideoMemory, retention: Retention, frames: Frames) -> V
 def _arrive(
     memory: VideoMemory, retention: Retention, frame: Frames
 ) -> tuple[VideoMemory, jax.Array]:
-    """A frame comes in: the memory that holds it, and the live tokens, int32[B]."""
+    """A frame comes in: the memory that holds it, ranked by all but attention, and the live tokens,
+    int32[B]."""
     batch, _, tokens, _ = frame.key.shape
-    if retention.ranking == ATTENTION:
-        score = jnp.zeros((batch, tokens), jnp.float32)
-    else:
-        score = arrival_rank(retention.ranking, frame.index, tokens, retention.seed)
-    return insert(memory, frame, score), memory.length + tokens
+    count = memory.length + tokens
+    if retention.ranking != ATTENTION:
+        rank = arrival_rank(retention.ranking, frame.index, tokens, retention.seed)
+        return insert(memory, frame, rank), count
+    memory = insert(memory, frame, jnp.zeros((batch, tokens), jnp.float32))
+    if retention.novelty == 1:
+        score = jnp.where(frame.valid[:, None], novelty(memory), memory.score)
+        memory = memory.replace(score=score)
+    return memory, count

@@ -1,9 +1,9 @@
 """The newest frame held back: what can be asked again, and what a gradient can be taken of.
 
 An answer depends on the memory before the newest frame and on that frame alone: the queries restart
-at every frame. So whoever keeps both, a :class:`BeforeLast`, can ask at any time: :func:`read_last`
-runs the newest frame once more with a question and gives a new state, which is thrown away after
-the answer. The video goes on from the old one, by :func:`hold_back`.
+at every frame. So whoever keeps both can ask at any time: the newest frame is read with a question,
+which gives a new state that is thrown away after the answer, and the video goes on from the old one
+(``inference/session_steps.py``, which moves on by :func:`advance`).
 
 Training does the same once a clip, with a gradient (``training/two_phase.py``).
 
@@ -44,35 +44,32 @@ def before_first(config: AdaCM2Config, state: StreamState) -> BeforeLast:
     return BeforeLast(state, newest, jnp.zeros((videos,), bool))
 
 
-def hold_back(
-    model: AdaCM2,
-    params: dict,
-    before: BeforeLast,
-    features: jax.Array,
-    valid: jax.Array,
-    question: Question,
-) -> BeforeLast:
-    """Reads a chunk but for its last valid frame, after the frame that was held back so far.
+def advance(
+    newest: jax.Array, held: jax.Array, features: jax.Array, valid: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """A chunk comes in: what is to be read now, and what is held back instead.
 
     Args:
-      model, params: of the video.
-      before: the chunk.
-      features: [V, F, P, width], of ``encode_frames``.
-      valid: bool[V, F]; a padded frame changes nothing at all.
-      question: one a video, which says what to remember.
+      newest: [V, P, width], the frame that was held back so far.
+      held: bool[V]: false where there is none.
+      features: [V, F, P, width].
+      valid: bool[V, F].
+
+    Returns:
+      ``features`` and ``valid`` of the frames to be read, of the same shapes, then ``newest`` and
+      ``held``.
     """
     count = valid.shape[1]
-    features = jnp.concatenate([before.newest[:, None], features], axis=1)
-    valid = jnp.concatenate([before.held[:, None], valid], axis=1)
+    features = jnp.concatenate([newest[:, None], features], axis=1)
+    valid = jnp.concatenate([held[:, None], valid], axis=1)
     last = jnp.max(jnp.where(valid, jnp.arange(count + 1), -1), axis=1)
     earlier = valid & (jnp.arange(count + 1) != last[:, None])
     # One of F + 1 places is never read: the others in front, in order, and the step is that of F.
     order = jnp.argsort(~earlier, axis=1, stable=True)[:, :count]
     chunk = jnp.take_along_axis(features, order[..., None, None], axis=1)
     earlier = jnp.take_along_axis(earlier, order, axis=1)
-    state = call(model, params, "read", chunk, earlier, question, before.state)
     newest = jnp.take_along_axis(features, jnp.maximum(last, 0)[:, None, None, None], axis=1)
-    return BeforeLast(state, newest[:, 0], last >= 0)
+    return chunk, earlier, newest[:, 0], last >= 0
 
 
 def read_last(

@@ -343,6 +343,7 @@ class QFormer(nn.Module):
             seed=seed + layers * jnp.uint32(0x9E3779B9),
             max_older=int(plan.older.max()),
             ranking=plan.ranking,
+            novelty=plan.novelty,
         )
 
     def project(self, features: jax.Array) -> tuple[jax.Array, jax.Array]:

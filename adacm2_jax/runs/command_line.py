@@ -12,8 +12,10 @@ from adacm2_jax.errors import UserError, printable, reason
 
 #: Package → the extra that installs it.
 _EXTRAS = {
-    **dict.fromkeys(("av", "PIL", "tokenizers", "transformers", "sentencepiece"), "video"),
-    **dict.fromkeys(("torch", "safetensors"), "port"),
+    **dict.fromkeys(
+        ("av", "PIL", "tokenizers", "transformers", "sentencepiece", "safetensors"), "video"
+    ),
+    **dict.fromkeys(("torch",), "port"),
     **dict.fromkeys(("grain", "ml_collections", "array_record", "tensorflow_datasets"), "run"),
     **dict.fromkeys(("matplotlib", "sklearn", "absl", "ml_dtypes"), "run"),
 }

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from adacm2_jax import config as model_config
-from adacm2_jax.config import AdaCM2Config, MemoryConfig
+from adacm2_jax.config import SCORED, AdaCM2Config, MemoryConfig
 from adacm2_jax.errors import UserError
 from adacm2_jax.inference.generate import GenerationConfig
 from adacm2_jax.models.adacm2 import check_memory
@@ -292,7 +292,11 @@ class Experiment:
             )
         memories = {}
         for policy in self.eval.policies:
-            options = {"policy": policy} | ({"max_frames": frames} if policy == "full" else {})
+            options: dict[str, Any] = {"policy": policy}
+            if policy == "full":
+                options["max_frames"] = frames
+            if policy not in SCORED:  # the others are what it is compared with
+                options["novelty"] = 0.0
             memory = dataclasses.replace(self.model.memory, **options)
             check_memory(dataclasses.replace(self.model, memory=memory))
             memories[policy] = memory

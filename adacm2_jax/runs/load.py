@@ -14,8 +14,10 @@ from adacm2_jax.config import AdaCM2Config, from_dict, to_dict
 from adacm2_jax.distributed import connect
 from adacm2_jax.errors import UserError, check_kind
 from adacm2_jax.inference.answerer import Answerer
+from adacm2_jax.inference.encoder import fingerprint
 from adacm2_jax.inference.model import VideoModel
 from adacm2_jax.inference.processor import Processor
+from adacm2_jax.inference.session import SessionModel
 from adacm2_jax.models.params import abstract_params, fresh_params, join_params
 from adacm2_jax.runs import experiment as experiments
 from adacm2_jax.runs.checkpoint import find_params, restore_params
@@ -128,6 +130,26 @@ def video_model(
       processor: the model's tokenizers.
     """
     params = functools.cache(params)
+
+    def sessions() -> SessionModel:
+        memory = next(iter(experiment.memories(frames=1).values()))
+        if memory.policy == "full":
+            raise UserError(
+                "policy 'full' keeps every token, and a session has no last frame: open the model "
+                "with another, such as load(…, policy='adacm2')"
+            )
+        return SessionModel(
+            config=dataclasses.replace(experiment.model, memory=memory),
+            params=params(),
+            processor=processor,
+            generation=experiment.generation,
+            ask_as=experiment.data.ask,
+            chunk=experiment.eval.chunk,
+            resize=experiment.data.resize,
+            on_truncated=experiment.data.on_truncated,
+            fingerprint=functools.cache(lambda: fingerprint(params())),
+        )
+
     return VideoModel(
         lambda frames: make_answerer(experiment, params(), processor, frames),
         processor,
@@ -136,6 +158,7 @@ def video_model(
         chunk=experiment.eval.chunk,
         resize=experiment.data.resize,
         on_truncated=experiment.data.on_truncated,
+        sessions=sessions,
     )
 
 

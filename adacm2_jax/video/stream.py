@@ -15,6 +15,15 @@ if TYPE_CHECKING:  # frames.py needs PyAV, which the library can be imported wit
     from adacm2_jax.video.frames import Chunk
 
 
+@dataclasses.dataclass(frozen=True)
+class VideoFile:
+    """A video file and the part of it that counts, seconds."""
+
+    video: str
+    start: float | None
+    end: float | None
+
+
 @dataclasses.dataclass
 class Row:
     """One video of a batch while it is being read.

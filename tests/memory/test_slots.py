@@ -28,15 +28,18 @@ ROOM = 24
 STEP = jax.jit(read_frame)
 SCAN = jax.jit(read_frames)
 DRAW = jax.jit(arrival_rank, static_argnums=(0, 2))
-#: Tokens a frame, the policies that share a compiled step, and the rows that score.
+#: Tokens a frame, the policies that share a compiled step, the rows that score, and the share of
+#: novelty.
 VARIANTS = [
-    (1, ("adacm2", "recent", "budget", "full"), "query"),
-    (3, ("adacm2", "recent", "budget", "full"), "query"),
-    (5, ("adacm2", "recent", "budget", "full"), "query"),
-    (3, ("adacm2",), "text"),
-    (5, ("adacm2", "budget"), "query+text"),
-    (3, ("uniform",), "query"),
-    (5, ("random",), "query"),
+    (1, ("adacm2", "recent", "budget", "full"), "query", 0.0),
+    (3, ("adacm2", "recent", "budget", "full"), "query", 0.0),
+    (5, ("adacm2", "recent", "budget", "full"), "query", 0.0),
+    (3, ("adacm2",), "text", 0.0),
+    (5, ("adacm2", "budget"), "query+text", 0.0),
+    (3, ("adacm2", "budget"), "query", 0.5),
+    (5, ("adacm2", "budget"), "text", 1.0),
+    (3, ("uniform",), "query", 0.0),
+    (5, ("random",), "query", 0.0),
 ]
 
 
@@ -106,6 +109,7 @@ def prepare(config: MemoryConfig, tokens: int, clip: Clip, room: int | None = No
             seed=jnp.asarray(clip.seed + np.uint32(layer)),
             max_older=int(plan.older.max()) if room is None else capacity + tokens,
             ranking=plan.ranking,
+            novelty=plan.novelty,
         )
         for layer in range(2)
     ]
@@ -126,6 +130,7 @@ def oracles(config: MemoryConfig, tokens: int) -> list[list[RaggedMemory]]:
                 ratio(config.recent_ratio, layer),
                 ratio(config.conserve_ratio, layer),
                 limit,
+                config.novelty,
             )
             for _ in range(BATCH)
         ]
@@ -205,7 +210,7 @@ percent = st.integers(0, 95).map(lambda p: f"0.{p:02}")
 
 
 @st.composite
-def configs(draw, policies, tokens):
+def configs(draw, policies, tokens, novelty):
     policy = draw(st.sampled_from(policies))
     ratios = {
         name: draw(st.one_of(percent, st.tuples(percent, percent)))
@@ -215,17 +220,18 @@ def configs(draw, policies, tokens):
         policy=policy,
         max_frames=draw(st.integers(1, ROOM // tokens)),
         capacity=draw(st.integers(1, ROOM)),
+        novelty=novelty,
         **ratios,
     )
     assume(retention_plan(config, tokens, 2).capacity <= ROOM)
     return config
 
 
-@pytest.mark.parametrize(("tokens", "policies", "rows"), VARIANTS)
-def test_keeps_and_outputs_what_the_ragged_memory_does(tokens, policies, rows):
+@pytest.mark.parametrize(("tokens", "policies", "rows", "novelty"), VARIANTS)
+def test_keeps_and_outputs_what_the_ragged_memory_does(tokens, policies, rows, novelty):
     @settings(max_examples=15)
     @given(
-        config=configs(policies, tokens),
+        config=configs(policies, tokens, novelty),
         valid=st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=12),
         seed=st.integers(0, 2**32 - 1),
         spread=st.sampled_from([0.0, 1.0, 2.0]),
@@ -248,6 +254,7 @@ def test_keeps_and_outputs_what_the_ragged_memory_does(tokens, policies, rows):
         MemoryConfig(policy="uniform", recent_ratio="0.5", conserve_ratio="0.1"),
         MemoryConfig(policy="random", recent_ratio="0.1", conserve_ratio="0.5"),
         MemoryConfig(policy="budget", capacity=13, recent_ratio="0.3"),
+        MemoryConfig(policy="budget", capacity=7, recent_ratio="0.3", novelty=1.0),
         MemoryConfig(policy="full", max_frames=4),
     ],
     ids=lambda config: f"{config.policy}-{config.recent_ratio}",
