@@ -159,16 +159,16 @@ class RaggedMemory:
 
 
 def _novelty(keys) -> np.ndarray:
-    """Of each of n tokens, half the cosine distance to the nearest of those before it; [H, n, D]
-    → [n]."""
-    found = [1.0]
-    for i in range(1, keys.shape[1]):
-        mine, likeness = keys[:, i].ravel(), -1.0
+    """Of each of n tokens, half the cosine distance to the second nearest of those before it, 1
+    where there are no two; [H, n, D] → [n]."""
+    found = []
+    for i in range(keys.shape[1]):
+        mine, likeness = keys[:, i].ravel(), [-1.0, -1.0]
         for j in range(i):
             other = keys[:, j].ravel()
             lengths = np.linalg.norm(mine) * np.linalg.norm(other)
-            likeness = max(likeness, mine @ other / lengths if lengths else 0.0)
-        found.append((1 - likeness) / 2)
+            likeness.append(mine @ other / lengths if lengths else 0.0)
+        found.append((1 - sorted(likeness)[-2]) / 2)
     return np.array(found)
 
 

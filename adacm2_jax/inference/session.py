@@ -35,7 +35,7 @@ _VERSION = 1
 
 
 def open_memory(tokens: int) -> MemoryConfig:
-    """The memory of questions that nobody has asked yet: one token of each kind, as many kinds as
+    """The memory of questions that nobody has asked yet: two tokens of each kind, as many kinds as
     it holds; see ``slots.novelty``."""
     return MemoryConfig(policy="budget", capacity=tokens, recent_ratio=0, novelty=1.0)
 

@@ -252,11 +252,12 @@ def live_slots(memory: VideoMemory, count: jax.Array) -> jax.Array:
 
 
 def novelty(memory: VideoMemory) -> jax.Array:
-    """How unlike all older tokens of its layer each live one is.
+    """How unlike the older tokens of its layer each live one is.
 
-    Half the cosine distance of its key to the nearest of theirs, float32[B, S] by slot, in [0, 1];
-    1 for the oldest, of no meaning in slots that are free. Of many alike the oldest is new and the
-    others are not, so a rank by novelty keeps one of each kind.
+    Half the cosine distance of its key to the second nearest of theirs, float32[B, S] by slot, in
+    [0, 1]; 1 for the two oldest, of no meaning in slots that are free. Of many alike the two oldest
+    are new and the others are not, so a rank by novelty keeps two of each kind: an answer should
+    not hang on a single token.
     """
     batch, heads, total, width = memory.key.shape
     key = memory.key.swapaxes(1, 2).reshape(batch, total, heads * width)
@@ -266,8 +267,8 @@ def novelty(memory: VideoMemory) -> jax.Array:
     key = key / jnp.maximum(length, jnp.finfo(key.dtype).tiny)
     likeness = jnp.einsum("bse,bte->bst", key, key)
     older = jnp.arange(total)[:, None] > jnp.arange(total)  # in time order the live ones are first
-    nearest = jnp.max(jnp.where(older, likeness, -1.0), axis=-1)
-    distance = ((1 - nearest) / 2).astype(memory.score.dtype)
+    second = jax.lax.top_k(jnp.where(older, likeness, -1.0), min(2, total))[0][..., -1]
+    distance = ((1 - second) / 2).astype(memory.score.dtype)
     return jax.vmap(lambda slots, value: jnp.zeros_like(value).at[slots].set(value))(
         memory.slots, distance
     )
