@@ -59,7 +59,9 @@ CLIPS, CLIP_FRAMES, CLIP_SIZE = 2, 96, 256
 def main() -> None:
     workdir = pathlib.Path(flags.FLAGS.workdir)
     if flags.FLAGS.vision_only:
-        return make_vision(workdir)
+        make_vision(workdir)
+        print(f"the ViT is in {workdir / 'vision'}: --config.init_from={workdir / 'vision'}")
+        return
     start = time.perf_counter()
     # The test videos are made beside the training, which leaves a part of the processor idle.
     with concurrent.futures.ThreadPoolExecutor(1) as beside:

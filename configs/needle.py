@@ -10,7 +10,8 @@ makes one, which knows digits and colours. ``first`` sees clips of four frames: 
 language model start from nothing and learn to look for the colour that is asked for. The main
 experiment sharpens this on clips of sixteen. Every token is kept in training; how many are kept
 later, and which, is chosen at evaluation. The clips are drawn when they are read; the test videos
-are real H.264 files.
+are real H.264 files. In another directory than runs/needle, say where a stage starts:
+--config.init_from=…/vision, …/first.
 """
 
 from typing import NamedTuple

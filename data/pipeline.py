@@ -180,7 +180,7 @@ def training_batches(
     if len(dataset) < batch_size:
         raise DataError(
             f"{len(dataset)} training examples do not fill one batch of {batch_size}; "
-            "lower batch_size"
+            f"set train.batch_size to {len(dataset)} or less"
         )
     if batch_size % world:
         raise DataError(f"batch_size = {batch_size} does not divide over {world} processes")

@@ -3,6 +3,7 @@
 import re
 import shutil
 
+import adacm2_jax
 from tests.small import ROOT, quick_compilation, run_script
 from tests.video.make_videos import encode, numbered_frames
 
@@ -33,6 +34,19 @@ def test_the_snippet_in_python_answers(small_run, tmp_path, monkeypatch, capsys)
     reply = names["reply"]
     assert reply.frames == 10 and reply.moments
     assert capsys.readouterr().out.endswith("]\n")
+
+
+def test_the_snippet_of_a_session_answers(small_run, tmp_path, monkeypatch, capsys):
+    as_after_the_quickstart(small_run, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    code = block("python", "model.session")
+    assert len([line for line in code.splitlines() if line]) <= 10
+    with quick_compilation():
+        names: dict = {"model": adacm2_jax.load("runs/quickstart/main")}
+        exec(compile(code, "README.md", "exec"), names)
+        session = names["session"]
+        assert len(capsys.readouterr().out.splitlines()) == 2 and session.seen == 10
+        assert names["model"].resume("one.session").ask() == session.ask()
 
 
 def test_the_command_answers(small_run, tmp_path, monkeypatch, capsys):

@@ -100,7 +100,11 @@ def usage(
     }
     if kept.frames and kept.kept_tokens < total:
         line["moments"] = [
-            {"time": round(float(times[each.frame]), 3), "tokens": each.tokens}
+            {
+                "time": round(float(times[each.frame]), 3),
+                "tokens": each.tokens,
+                "score": each.score,
+            }
             for each in kept.frames[:moments]
         ]
     return line
@@ -109,7 +113,8 @@ def usage(
 def summarise(predictions: Sequence[dict], policies: Iterable[str]) -> dict[str, dict]:
     """Results by policy.
 
-    Accuracy (of the questions whose answer is known; None if it is of none) with its 95 % interval;
+    Accuracy (of the ``scored`` questions, whose answer is known; None if there is none) with its
+    95 % interval;
     ``majority``, the accuracy of always giving the most frequent answer; ``alike``, whether the
     model gave one answer to everything although there are several; and tokens.
     """
@@ -126,6 +131,7 @@ def summarise(predictions: Sequence[dict], policies: Iterable[str]) -> dict[str,
             "majority": max(wanted.values()) / len(marked) if marked else None,
             "alike": len(marked) >= _ALIKE and len(wanted) > 1 and len(given) == 1,
             "questions": len(rows),
+            "scored": len(marked),
             "kept_tokens": max((row["kept_tokens"] for row in rows), default=0),
             "total_tokens": max((row["total_tokens"] for row in rows), default=0),
         }
@@ -144,8 +150,11 @@ def table(results: dict) -> str:
             accuracy, majority = f"{row['accuracy']:.1%}", f"{row['majority']:.1%}"
             interval = "{:.1%} to {:.1%}".format(*row["interval"])
         kept = f"{row['kept_tokens']} of {row['total_tokens']}"
+        # Of those whose answer is not known none is right or wrong.
+        scored, asked = row["scored"], row["questions"]
+        questions = str(asked) if scored == asked else f"{scored} of {asked}"
         lines.append(
-            f"{name:10} {accuracy:>9} {interval:>17} {majority:>9} {row['questions']:10} {kept:>16}"
+            f"{name:10} {accuracy:>9} {interval:>17} {majority:>9} {questions:>10} {kept:>16}"
         )
     alike = [name for name, row in results["policies"].items() if row.get("alike")]
     if alike:

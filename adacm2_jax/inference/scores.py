@@ -19,4 +19,5 @@ def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, f
     centre = share + z * z / (2 * total)
     spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     scale = 1 + z * z / total
-    return (centre - spread) / scale, (centre + spread) / scale
+    # Both bounds are within [0, 1] but for rounding.
+    return max((centre - spread) / scale, 0.0), min((centre + spread) / scale, 1.0)

@@ -47,6 +47,9 @@ def test_without_known_answers_there_is_no_accuracy():
     del row["answer"], row["correct"]
     result = summarise([row], ["adacm2"])["adacm2"]
     assert result["accuracy"] is None and result["majority"] is None and not result["alike"]
+    both = summarise([row, line("a", "a")], ["adacm2"])["adacm2"]
+    assert (both["questions"], both["scored"], both["accuracy"]) == (2, 1, 1.0)
+    assert "1 of 2" in table({"policies": {"adacm2": both}, "failed": []})
     failed = [{"id": "7", "error": "x.mp4: no such file"}]
     text = table({"policies": {"adacm2": result}, "failed": failed})
     assert "1 video(s) could not be read" in text and "  7: x.mp4: no such file" in text

@@ -37,7 +37,7 @@ def test_the_interval_is_wilson_s(correct, total, low, high):
 def test_the_interval_holds_the_share_and_is_within_bounds(counts):
     correct, total = counts
     low, high = wilson_interval(correct, total)
-    assert -1e-12 <= low <= high <= 1 + 1e-12
+    assert 0 <= low <= high <= 1
     if total:
         assert low - 1e-12 <= correct / total <= high + 1e-12
     else:
