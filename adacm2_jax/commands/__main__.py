@@ -56,10 +56,16 @@ def parser() -> argparse.ArgumentParser:
         "--question", action="append", required=True, help="may be given several times"
     )
     caption = single("caption", "describe one video")
-    caption.add_argument("--prompt", help="what the networks are asked")
+    asked = "(default: what does the video describe?)"  # inference/model.py's CAPTION
+    caption.add_argument("--prompt", help=f"what the networks are asked {asked}")
     choose = single("choose", "rank labels for one video by how likely each is as the answer")
-    choose.add_argument("--label", action="append", required=True, help="give at least two")
-    choose.add_argument("--question", help="that the labels answer")
+    choose.add_argument(
+        "--label",
+        action="append",
+        required=True,
+        help="give at least two, each within the model's max_answer_len tokens",
+    )
+    choose.add_argument("--question", help=f"that the labels answer {asked}")
     for made in (ask, caption):
         made.add_argument("--output", metavar="DIR", help="also write predictions.jsonl there")
     for name, text in ELSEWHERE.items():

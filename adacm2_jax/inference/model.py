@@ -145,6 +145,7 @@ class VideoModel:
             raise UserError(f"labels are {labels!r}: give at least two, all different")
         for label in labels:
             check_text(label, "a label")
+        self._processor.candidates([""] * len(labels), labels)  # before a video is read
         with self._reading(video, [question], sampling, start, end) as (answerer, reading, _):
             name = next(iter(reading.states))
             (found,) = answerer.log_likelihoods(reading, name, [labels])

@@ -74,6 +74,11 @@ def test_a_memory_that_holds_everything_names_no_moments(small_run, clip):
     assert reply.kept_tokens == reply.total_tokens == 100 and reply.moments == ()
 
 
+def test_a_label_too_long_is_refused_before_the_video_is_read(model):
+    with pytest.raises(UserError, match=r"'1 2 3 4 5 6' has .* tokens.*the limit is 4"):
+        model.choose("gone.mp4", ["1", "1 2 3 4 5 6"])
+
+
 def test_labels_are_ranked_by_likelihood(model, clip):
     labels = ["1", "2", "a"]
     choices = model.choose(clip, labels, QUESTION)

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from adacm2_jax.commands.__main__ import ELSEWHERE
+from adacm2_jax.inference.model import CAPTION
 from tests.small import ROOT, error_line, run_script
 
 PROGRAM = """
@@ -92,3 +93,9 @@ def test_an_empty_text_is_refused(words, capsys):
     assert error_line(capsys) == (
         f"error: {flag} is empty; give a text, or leave it out where it may be"
     )
+
+
+def test_the_default_prompt_is_told(capsys):
+    for command in ("caption", "choose"):
+        assert run_script(command, "--help") == 0
+        assert CAPTION in " ".join(capsys.readouterr().out.split())
