@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,8 +14,17 @@ from adacm2_jax.errors import DataError, printable
 from adacm2_jax.video.info import AGAIN, Source
 
 _GIVE = "give MP4, MKV, WebM or AVI"
-# A playlist in the guise of a video must not make FFmpeg fetch anything.
-_OPEN: dict[str, Any] = {"options": {"protocol_whitelist": "file"}}
+# What FFmpeg reads other files for, or no file at all: a clip must not make it open what the clip
+# names, be it a pipe that nobody writes to.
+_LISTS = {"concat", "dash", "hls", "imf", "mlv", "vobsub", "webm_dash_manifest"}
+_NO_FILES = {"image2", "lavfi", "rtp", "rtsp", "sap", "sdp"}
+_FORMATS = [
+    name for name in sorted(av.formats_available) if not {*name.split(",")} & (_LISTS | _NO_FILES)
+]
+_OPEN: dict[str, Any] = {
+    "options": {"protocol_whitelist": "file", "format_whitelist": ",".join(_FORMATS)}
+}
+_LIST_HEADS = (b"ffconcat", b"#EXTM3U")
 if int(av.__version__.split(".")[0]) < 19:
     # Titles in another encoding than UTF-8 are no error; later PyAV takes them without being told.
     _OPEN["metadata_errors"] = "replace"
@@ -156,6 +166,11 @@ class VideoFile:
             raise DataError(f"{self.name}: is a directory: give the video file inside it")
         if not os.path.exists(self._path):
             raise DataError(f"{self.name}: no such file: check the path")
+        if not stat.S_ISREG(os.stat(self._path).st_mode):
+            raise DataError(
+                f"{self.name}: is no regular file (a pipe, a socket or a device): save the video "
+                "to a file"
+            )
         if not self.size:
             raise DataError(f"{self.name}: the file is empty: {AGAIN}")
         # With the scheme spelled out, a colon in the name is not taken for one.
@@ -167,5 +182,7 @@ class VideoFile:
             return f"the MP4 file is incomplete (its index, moov, is missing or cut): {AGAIN}"
         if head[:4] in (b"\x1aE\xdf\xa3", b"RIFF"):
             return f"the file is incomplete or damaged: {AGAIN}"
+        if head.startswith(_LIST_HEADS):
+            return "is a list of other files, not a video: give the video files themselves"
         reason = getattr(error, "strerror", None) or type(error).__name__
         return f"is not a video that FFmpeg can read ({reason}): {_GIVE}"

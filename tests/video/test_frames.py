@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 import pickle
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from hypothesis import given
@@ -22,6 +26,7 @@ from tests.video.make_videos import (
     add_cover,
     encode,
     encode_sound,
+    numbered_frame,
     numbered_frames,
     numbers_at,
     read_number,
@@ -227,7 +232,7 @@ def test_unusable_sources_are_named_with_a_remedy(tmp_path):
         "empty.mp4": "the file is empty: download or record it again",
         "text.mp4": "is not a video that FFmpeg can read",
         "text.txt": "is text, not a video: give MP4",
-        "list.mp4": "is not a video that FFmpeg can read",
+        "list.mp4": "is a list of other files, not a video: give the video files themselves",
         "sound.mp4": "holds no video track (sound only?): give a video file",
         "cover.mp4": "holds no video track",
         "cut.mp4": "the MP4 file is incomplete (its index, moov, is missing or cut): download",
@@ -240,6 +245,53 @@ def test_unusable_sources_are_named_with_a_remedy(tmp_path):
             assert "\n" not in str(error.value)
     with pytest.raises(DataError, match="<0 bytes>: the video is empty"):
         probe(b"")
+
+
+@pytest.mark.parametrize("listed", ["pipe", "clip.mp4"])
+def test_a_list_of_files_opens_none_of_them(tmp_path, listed):
+    """In a process of its own: to open a pipe that nobody writes to takes for ever."""
+    encode(tmp_path / "clip.mp4", numbered_frames(10))
+    os.mkfifo(tmp_path / "pipe")
+    path = tmp_path / "list.mp4"
+    path.write_text(f"ffconcat version 1.0\nfile {listed}\n")
+    program = (
+        "import pathlib, sys; from adacm2_jax.video.frames import probe\n"
+        "for source in (sys.argv[1], pathlib.Path(sys.argv[1]).read_bytes()):\n"
+        "    try: print(probe(source))\n"
+        "    except ValueError as error: print(error)"
+    )
+    command = [sys.executable, "-c", program, path]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 and not done.returncode, done.stderr
+    assert lines[0].startswith(f"{path}: is a list of other files, not a video")
+    assert lines[1].startswith(f"<{path.stat().st_size} bytes>: is a list of other files")
+
+
+def test_a_name_that_is_a_pattern_opens_no_other_file(tmp_path):
+    """FFmpeg takes such a picture's name for a whole sequence of them."""
+    with av.open(str(tmp_path / "p%d.jpg"), "w", format="image2") as written:
+        stream = written.add_stream("mjpeg", rate=1)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuvj420p"
+        for frame in (numbered_frame(0), numbered_frame(1)):
+            written.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+        written.mux(stream.encode())
+    assert (tmp_path / "p2.jpg").is_file()
+    shutil.copy(tmp_path / "p1.jpg", tmp_path / "p%d.jpg")
+    assert probe(tmp_path / "p1.jpg").codec == "mjpeg"
+    with pytest.raises(DataError, match=r"p%d\.jpg: is not a video that FFmpeg can read"):
+        probe(tmp_path / "p%d.jpg")
+
+
+def test_what_is_no_regular_file_is_called_so(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with socket.socket(socket.AF_UNIX) as opened:
+        opened.bind(str(tmp_path / "socket.mp4"))
+        for path in (tmp_path / "pipe.mp4", tmp_path / "socket.mp4", "/dev/null"):
+            with pytest.raises(DataError, match=f"{path}: is no regular file"):
+                probe(path)
 
 
 @pytest.mark.parametrize(
