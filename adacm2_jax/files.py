@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -10,7 +11,7 @@ import socket
 import tempfile
 from typing import Any, TypeVar
 
-from adacm2_jax.errors import UserError
+from adacm2_jax.errors import UserError, printable
 
 Path = TypeVar("Path", bound=pathlib.PurePath)
 _MARK = ".partial-"
@@ -59,17 +60,26 @@ def check_writable(directory: str | os.PathLike, what: str) -> None:
       what: begins the message: a flag and its value.
 
     Raises:
-      UserError: if it or one above it is a file, or may not be written to.
+      UserError: if it or one above it is a file, a link that leads nowhere, or may not be written
+        to, or has a name that the file system does not take.
     """
     place = pathlib.Path(directory).absolute()
-    while not place.exists() and place != place.parent:
+    lacking = []
+    while not os.path.lexists(place) and place != place.parent:
+        lacking.append(place.name)
         place = place.parent
     try:
-        with tempfile.TemporaryDirectory(prefix=".", dir=place):
-            pass
+        with tempfile.TemporaryDirectory(prefix=".", dir=place) as trial:
+            for name in set(lacking) - {".."}:
+                os.mkdir(os.path.join(trial, name))
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(directory)  # the whole path may be too long
     except OSError as error:
+        nowhere = place.is_symlink() and not os.path.exists(place)
+        reason = "a link that leads nowhere" if nowhere else error.strerror
         raise UserError(
-            f"{what}: nothing can be written to {place} ({error.strerror}); name another directory"
+            f"{printable(what)}: nothing can be written to {printable(str(place))} ({reason}); "
+            "name another directory"
         ) from None
 
 

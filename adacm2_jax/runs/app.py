@@ -1,12 +1,13 @@
 """What scripts and commands share: flags, configuration files, and errors fit for people."""
 
+import errno
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 
 from adacm2_jax import distributed, interrupt
-from adacm2_jax.errors import UserError, check_text, show_warnings
+from adacm2_jax.errors import UserError, check_text, printable, show_warnings
 from adacm2_jax.runs import command_line
 
 #: Switches the compilation cache off, or names another directory for it.
@@ -109,7 +110,7 @@ def directory(name: str, path: str) -> str:
 
     Raises:
       UserError: for an address in a bucket: each process would take it for a local directory; or
-        for a file.
+        for a file, and for a path that no directory can have.
     """
     if not path:
         raise UserError(f"--{name} is empty; name a directory")
@@ -118,8 +119,14 @@ def directory(name: str, path: str) -> str:
             f"--{name}={path} must be a directory of a mounted file system, not an address in a "
             "bucket; docs/tpu.md says how to mount one"
         )
+    given = f"--{name}={printable(path)}"
     if os.path.isfile(path):
-        raise UserError(f"--{name}={path} is a file; name a directory")
+        raise UserError(f"{given} is a file; name a directory")
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):  # nor can it ever be made
+            raise UserError(f"{given}: {error.strerror}; name another directory") from None
     return path
 
 
