@@ -23,7 +23,14 @@ from adacm2_jax.runs.load import check_start, make_answerer, resume_frozen, star
 from adacm2_jax.runs.lock import locked
 from adacm2_jax.runs.metrics import MetricWriter
 from adacm2_jax.runs.profiling import Profile
-from adacm2_jax.runs.workdir import read_base, read_config, read_link, saved_steps, write_config
+from adacm2_jax.runs.workdir import (
+    check_path,
+    read_base,
+    read_config,
+    read_link,
+    saved_steps,
+    write_config,
+)
 from adacm2_jax.sharding import data_share, make_mesh, rows_per_process, shard_batch
 from adacm2_jax.training.loop import Callbacks, Every, train
 from adacm2_jax.training.optim import make_optimizer
@@ -63,6 +70,7 @@ def train_and_evaluate(
     """
     # --- All that can be wrong, before anything is computed ------------------------------------
     root, config = pathlib.Path(workdir), experiment
+    check_path(root, f"--workdir={root}")
     config.check_training()  # before it is compared: what nobody could use is no difference
     clip_loader(config)
     resumed = (root / "config.json").exists()

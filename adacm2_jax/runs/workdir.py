@@ -21,13 +21,14 @@ Of several processes each writes its shards, process 0 all else; the directory m
 of them share. Nothing on disk depends on the mesh or on the number of processes.
 """
 
+import fnmatch
 import json
 import os
 
 from etils import epath
 
 from adacm2_jax.distributed import is_main
-from adacm2_jax.errors import UserError
+from adacm2_jax.errors import UserError, printable
 from adacm2_jax.files import write_json
 
 #: Directory of all parameters in a converted checkpoint.
@@ -38,7 +39,9 @@ LINK = "frozen.json"
 
 def saved_steps(workdir: str | os.PathLike) -> list[int]:
     """The complete steps of a run, the newest last."""
-    names = [path.name for path in (epath.Path(workdir) / "checkpoints").glob("*")]
+    checkpoints = epath.Path(workdir) / "checkpoints"
+    # Not by a pattern, of which the directory's own name would be a part.
+    names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
     return sorted(int(name) for name in names if name.isdigit())
 
 
@@ -130,6 +133,28 @@ def absolute(directory: str | os.PathLike) -> epath.Path:
     if "://" in os.fspath(directory):
         return path
     return path.resolve() if ".." in path.parts else path.absolute()
+
+
+def check_path(directory: str | os.PathLike, what: str) -> None:
+    """Refuses a directory in which checkpoints would be written that nobody can read.
+
+    Orbax looks for what it has written by a pattern that begins with the path, and leaves out of a
+    checkpoint what it does not find.
+
+    Args:
+      directory: that they are to be written to.
+      what: begins the message: a flag and its value.
+
+    Raises:
+      UserError: if its path, as a pattern, is another one.
+    """
+    for part in absolute(directory).parts:
+        if not fnmatch.fnmatchcase(part, part):
+            raise UserError(
+                f"{printable(what)}: no checkpoint can be written there, for Orbax takes the "
+                f"brackets of {printable(part)!r} for a pattern; rename it, or name another "
+                "directory"
+            )
 
 
 def write_config(workdir: str | os.PathLike, config: dict) -> None:

@@ -15,7 +15,14 @@ from adacm2_jax.errors import UserError
 from adacm2_jax.files import write_json
 from adacm2_jax.runs.checkpoint import Checkpoints, restore_params
 from adacm2_jax.runs.experiment import check_same
-from adacm2_jax.runs.workdir import find_base, read_config, read_link, saved_steps, write_config
+from adacm2_jax.runs.workdir import (
+    check_path,
+    find_base,
+    read_config,
+    read_link,
+    saved_steps,
+    write_config,
+)
 from adacm2_jax.training.step import TrainState
 
 SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -168,6 +175,33 @@ def test_a_base_with_another_fingerprint_is_refused(linked, tmp_path):
     with pytest.raises(UserError, match="another one"):
         find_base(run, str(other))
     assert str(find_base(run, str(tmp_path / "moved"))) == str(tmp_path / "moved")
+
+
+@pytest.mark.parametrize("name", ["a[1]", "[b]*?"])
+def test_a_run_is_read_whatever_its_path_holds(run, tmp_path, name):
+    """It was renamed, or copied to a place where brackets stand for what it is about."""
+    moved = run.rename(run.with_name(f"{run.name}-{name}")) / "."
+    assert saved_steps(moved) == [2, 3]
+    params = restore_params(moved, abstract())
+    assert_same(params, make_state(3).learned | make_state(0).frozen)
+    checkpoints = Checkpoints(moved)
+    assert_same(checkpoints.restore(make_state(0))[0], make_state(3))
+    checkpoints.close()
+
+
+def test_no_checkpoint_is_written_where_it_could_not_be_read(tmp_path):
+    """Orbax would leave all arrays out of it."""
+    for name in ("a[1]", "a[1]/run", "[!b]"):
+        with pytest.raises(UserError, match=r"--workdir=w: .* for a pattern; rename it"):
+            check_path(tmp_path / name, "--workdir=w")
+    for name in ("a?", "b*", "a[", "]b["):  # as a pattern each is found by itself
+        run = tmp_path / name
+        check_path(run, "--workdir=w")
+        checkpoints = Checkpoints(run)
+        checkpoints.save(make_state(1), {})
+        checkpoints.close()
+        learned = {part: tree for part, tree in abstract().items() if part != "vision"}
+        assert_same(restore_params(run, learned), make_state(1).learned)
 
 
 def test_what_was_never_completed_is_no_step(run):
