@@ -31,6 +31,7 @@ from adacm2_jax.inference.processor import Processor
 from adacm2_jax.runs import app, experiment
 from adacm2_jax.runs.experiment import MAY_CHANGE, check_same
 from adacm2_jax.runs.load import check_base, load_params, make_answerer, video_model
+from adacm2_jax.runs.lock import locked_output
 from adacm2_jax.runs.workdir import is_base, read_config
 from adacm2_jax.video.sampling import ONE_A_SECOND
 from data.sources import open_source
@@ -76,8 +77,9 @@ def main() -> int:
     warn_of_missing(source, "videos")
     if is_main():
         check_writable(output, f"--output={output}")
-    answerer = make_answerer(config, load_params(config, weights), processor)
-    results = evaluate(config, answerer, source, output)
+    with locked_output(output):
+        answerer = make_answerer(config, load_params(config, weights), processor)
+        results = evaluate(config, answerer, source, output)
     if is_main():
         print(table(results))
     return 1 if results["failed"] else 0
@@ -93,10 +95,11 @@ def ask(config, weights: str, processor: Processor, output: str) -> int:
     model.check(args.video, sampling=sampling)
     if is_main():
         check_writable(output, f"--output={output}")
-    replies = model.ask(args.video, args.question, sampling=sampling)
-    if is_main():
-        write_replies(replies, output)
-        print_replies(replies)
+    with locked_output(output):
+        replies = model.ask(args.video, args.question, sampling=sampling)
+        if is_main():
+            write_replies(replies, output)
+            print_replies(replies)
     return 0
 
 

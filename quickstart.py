@@ -40,7 +40,8 @@ from adacm2_jax.port.store import LazyArray
 from adacm2_jax.runs import app
 from adacm2_jax.runs.experiment import Experiment, read
 from adacm2_jax.runs.load import load_params, make_answerer
-from adacm2_jax.runs.workdir import is_base, saved_steps
+from adacm2_jax.runs.lock import locked_output
+from adacm2_jax.runs.workdir import check_path, is_base, saved_steps
 from adacm2_jax.training.pretrain import pretrain_vision
 from adacm2_jax.video.frames import read_clip
 from adacm2_jax.video.sampling import ONE_A_SECOND
@@ -58,6 +59,7 @@ CLIPS, CLIP_FRAMES, CLIP_SIZE = 2, 96, 256
 
 def main() -> None:
     workdir = pathlib.Path(flags.FLAGS.workdir)
+    check_path(workdir, f"--workdir={workdir}")
     if flags.FLAGS.vision_only:
         make_vision(workdir)
         print(f"the ViT is in {workdir / 'vision'}: --config.init_from={workdir / 'vision'}")
@@ -161,7 +163,8 @@ def answer(frames: int, workdir: pathlib.Path) -> list[dict]:
             eval=dataclasses.replace(main.eval, policies=POLICIES),
         )
         print(f"answering {LENGTHS[frames]} questions about videos of {frames} frames", flush=True)
-        evaluate(main, open_model(main, workdir), open_source(main.data, "test"), output)
+        with locked_output(output):
+            evaluate(main, open_model(main, workdir), open_source(main.data, "test"), output)
     results = json.loads((output / "metrics.json").read_text())
     return [{"policy": name, "T": frames, **row} for name, row in results["policies"].items()]
 

@@ -13,7 +13,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from adacm2_jax.errors import DataError, UserError
+from adacm2_jax.errors import DataError, UserError, printable
 from adacm2_jax.video.frames import Sampling, read_clip
 from data.jsonl import Example
 from data.workers import deaf_to_signals, live_as_long_as_parent
@@ -50,7 +50,7 @@ class LoadClip(grain.transforms.RandomMap):
             clip = self._read(example, rng)[: self.num_frames]
             frames[: len(clip)], valid[: len(clip)] = clip, True
         except DataError as error:
-            logging.warning("skipped %s: %s", example.id, error)
+            logging.warning("skipped %s: %s", printable(example.id), error)
         return {
             "index": np.uint32(index),
             "frames": frames,

@@ -8,7 +8,7 @@ from typing import Any
 
 import grain
 
-from adacm2_jax.errors import DataError
+from adacm2_jax.errors import DataError, printable
 from data.cache import cached_clips
 from data.feature_cache.cache import open_features
 from data.jsonl import Example, JsonlSource
@@ -66,7 +66,8 @@ def warn_of_missing(source: Sequence[Example], what: str) -> None:
         return
     if len(missing) == len({example.video for example in source}):
         raise DataError(
-            f"{source.path}: none of its videos is there, the first is {missing[0]}; paths are "
-            "relative to the JSON-lines file"
+            f"{printable(source.path)}: none of its videos is there, the first is "
+            f"{printable(missing[0])}; paths are relative to the JSON-lines file"
         )
-    print(f"warning: {len(missing)} {what} are missing: {missing[0]} …", file=sys.stderr)
+    first = printable(missing[0])
+    print(f"warning: {len(missing)} {what} are missing: {first} …", file=sys.stderr)

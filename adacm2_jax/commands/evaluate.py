@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from adacm2_jax.distributed import is_main
-from adacm2_jax.errors import UserError
+from adacm2_jax.errors import UserError, printable
 from adacm2_jax.files import check_writable, keep_earlier, write_json
 from adacm2_jax.inference.answerer import Answerer
 from adacm2_jax.inference.evaluate import answer_batches, summarise
@@ -35,7 +35,7 @@ def evaluate(
       experiment: whose ``eval`` and ``data`` say how.
       answerer: with every policy.
       source: of the examples.
-      output: a directory.
+      output: a directory, which the caller holds (``runs.lock``) against others that write there.
 
     Returns:
       What ``metrics.json`` holds: ``policies`` (see ``summarise``), ``seconds`` and ``failed``, the
@@ -110,4 +110,5 @@ def check_questions(experiment: Experiment, processor: Processor, source: Sequen
         try:
             processor.questions([experiment.data.ask(example.question)])
         except UserError as error:
-            raise UserError(f"{path}: id {example.id}: {error}") from None
+            where = f"{printable(str(path))}: id {printable(example.id)}"
+            raise UserError(f"{where}: {error}") from None

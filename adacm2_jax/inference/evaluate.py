@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from adacm2_jax.errors import printable
 from adacm2_jax.inference.answerer import Answer, Answerer
 from adacm2_jax.inference.evidence import Remembered
 from adacm2_jax.inference.scores import exact_match, wilson_interval
@@ -164,5 +165,5 @@ def table(results: dict) -> str:
         )
     if results["failed"]:
         lines.append(f"{len(results['failed'])} video(s) could not be read:")
-        lines += [f"  {row['id']}: {row['error']}" for row in results["failed"]]
+        lines += [f"  {printable(row['id'])}: {row['error']}" for row in results["failed"]]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""One training at a time in a directory."""
+"""One process at a time that writes in a directory: a training, or an evaluation."""
 
 import contextlib
 import fcntl
@@ -11,15 +11,19 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from adacm2_jax.distributed import is_main
-from adacm2_jax.errors import UserError
+from adacm2_jax.errors import UserError, printable
 
-#: Held by process 0 of the job that trains there; of no meaning when nobody does.
+#: Held by process 0 of the job that writes there; of no meaning when nobody does.
 LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def locked(workdir: str | os.PathLike) -> Iterator[None]:
+def locked(directory: str | os.PathLike, flag: str = "--workdir") -> Iterator[None]:
     """Holds a directory within a block; the system lets go of it when the process ends, however.
+
+    Args:
+      directory: that is there.
+      flag: that names another directory.
 
     Raises:
       UserError: in every process, if another job holds it.
@@ -28,7 +32,7 @@ def locked(workdir: str | os.PathLike) -> Iterator[None]:
         free = True
         if is_main():
             with contextlib.suppress(OSError):  # a file system without locks
-                file = held.enter_context(open(pathlib.Path(workdir) / LOCK, "a"))
+                file = held.enter_context(open(pathlib.Path(directory) / LOCK, "a"))
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
@@ -37,7 +41,22 @@ def locked(workdir: str | os.PathLike) -> Iterator[None]:
             free = bool(multihost_utils.process_allgather(np.int32(free)).min())
         if not free:
             raise UserError(
-                f"{workdir}: another process is training there; wait for it, stop it, or use "
-                "another --workdir"
+                f"{printable(os.fspath(directory))}: another process is writing there; wait "
+                f"for it, stop it, or use another {flag}"
             )
+        yield
+
+
+@contextlib.contextmanager
+def locked_output(output: str | os.PathLike) -> Iterator[None]:
+    """Makes a directory for results and holds it within a block.
+
+    Two that wrote there at the same time would lose each other's predictions.
+
+    Raises:
+      UserError: in every process, if another job holds it.
+    """
+    if is_main():
+        pathlib.Path(output).mkdir(parents=True, exist_ok=True)
+    with locked(output, "--output"):
         yield

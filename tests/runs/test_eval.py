@@ -12,6 +12,7 @@ from adacm2_jax.commands.evaluate import evaluate
 from adacm2_jax.inference.processor import Processor
 from adacm2_jax.runs.experiment import Experiment
 from adacm2_jax.runs.load import experiment_of, load_params, make_answerer, video_model
+from adacm2_jax.runs.lock import locked_output
 from adacm2_jax.video.sampling import ONE_A_SECOND
 from data.sources import open_source
 from tests.small import QUESTION, error_line, quick_compilation, run_process, run_script
@@ -253,7 +254,7 @@ def no_parameters(monkeypatch):
     def load(*_):
         raise AssertionError("parameters were loaded first")
 
-    monkeypatch.setattr("adacm2_jax.runs.checkpoint.restore_params", load)
+    monkeypatch.setattr("adacm2_jax.runs.load.restore_params", load)
 
 
 @pytest.fixture
@@ -350,6 +351,46 @@ def test_wrong_options_are_named_in_one_line(small_run, no_parameters, capsys, o
     line = error_line(capsys)
     for word in words:
         assert word in line, line
+
+
+def test_a_second_evaluation_in_the_same_directory_is_refused(
+    small_run, no_parameters, tmp_path, capsys
+):
+    (tmp_path / "predictions.partial.jsonl").write_text("of the first")
+    for given in ([], ["--video", clip_in(tmp_path), "--question", QUESTION]):
+        with locked_output(tmp_path):
+            command = (f"--workdir={small_run}", f"--output={tmp_path}", *given)
+            assert run_script("eval.py", *command) == 2
+        line = error_line(capsys)
+        assert f"{tmp_path}: another process is writing there" in line and "--output" in line
+    assert (tmp_path / "predictions.partial.jsonl").read_text() == "of the first"
+    assert not (tmp_path / "predictions.jsonl").exists()
+
+
+def test_what_a_line_of_the_data_says_stays_one_line(small_run, no_parameters, tmp_path, capsys):
+    """Of a name with a line end or with the escape that colours a terminal."""
+    path = tmp_path / "te\nst.jsonl"
+    name = "a\nb\x1b[31m"
+    line = {"id": name, "video": clip_in(tmp_path), "question": "why " * 40}
+    path.write_text(json.dumps(line))
+    given = ("--config.data.source=jsonl", f"--config.data.jsonl.test={path}")
+    assert run_script("eval.py", f"--workdir={small_run}", *given) == 2
+    text = capsys.readouterr().err
+    assert "te\\nst.jsonl: id a\\nb\\x1b[31m: " in error_line(text)
+    assert "the limit is 24" in error_line(text) and "\x1b" not in text
+    path.write_text(json.dumps(line | {"video": name}))
+    assert run_script("eval.py", f"--workdir={small_run}", *given) == 2
+
+
+def clip_in(directory) -> str:
+    encode(directory / "clip.mp4", numbered_frames(10))
+    return str(directory / "clip.mp4")
+
+
+def test_a_run_in_brackets_is_evaluated(small_run, tmp_path):
+    shutil.copytree(small_run, tmp_path / "run[1]")
+    assert run_script("eval.py", f"--workdir={tmp_path / 'run[1]'}") == 0
+    assert predictions_in(tmp_path / "run[1]" / "eval") == predictions_in(small_run)
 
 
 def test_another_model_is_refused_with_the_difference(small_run, capsys):

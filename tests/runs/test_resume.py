@@ -106,7 +106,7 @@ def test_a_second_training_in_the_same_directory_is_refused(
     tmp_path.joinpath("run").mkdir()
     with locked(tmp_path / "run"):
         assert run_script("train.py", *arguments(tmp_path / "run", data_dir)) == 2
-    assert "another process is training there" in error_line(capsys)
+    assert "another process is writing there" in error_line(capsys)
     assert not (tmp_path / "run" / "config.json").exists()
     with locked(tmp_path / "run"):  # it was let go of
         pass
