@@ -1,6 +1,7 @@
 """Single videos: ``adacm2 ask``, ``caption`` and ``choose``."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -8,34 +9,30 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from adacm2_jax.errors import printable
 from adacm2_jax.files import check_writable, keep_earlier, write_text
 from adacm2_jax.inference.model import CAPTION, VideoModel
 from adacm2_jax.inference.reply import Choice, Reply
 from adacm2_jax.runs.load import load
+from adacm2_jax.runs.lock import locked_output
 from adacm2_jax.video.sampling import ONE_A_SECOND, Sampling
 
 
 def ask(args: argparse.Namespace) -> int:
     """``adacm2 ask CLIP --model RUN --question …``."""
-    if args.output:
-        check_writable(args.output, f"--output {args.output}")
-    replies = _model(args).ask(args.video, args.question, **_reading(args))
-    _show(replies, args)
-    return 0
+    return _answer(args, args.question)
 
 
 def caption(args: argparse.Namespace) -> int:
     """``adacm2 caption CLIP --model RUN``."""
-    if args.output:
-        check_writable(args.output, f"--output {args.output}")
-    _show([_model(args).caption(args.video, args.prompt or CAPTION, **_reading(args))], args)
-    return 0
+    return _answer(args, [args.prompt or CAPTION])
 
 
 def choose(args: argparse.Namespace) -> int:
     """``adacm2 choose CLIP --model RUN --label a --label b``."""
     question = args.question or CAPTION
-    choices = _model(args).choose(args.video, args.label, question, **_reading(args))
+    reading = _reading(args)
+    choices = _model(args).choose(args.video, args.label, question, **reading)
     for choice in choices:
         print(json.dumps(dataclasses.asdict(choice)) if args.json else _choice_line(choice))
     return 0
@@ -46,7 +43,7 @@ def print_replies(replies: Sequence[Reply]) -> None:
     several = len({reply.policy for reply in replies}) > 1
     for reply in replies:
         policy = f"[{reply.policy}] " if several else ""
-        print(f"{policy}{reply.question}  {reply.answer}")
+        print(f"{policy}{printable(reply.question)}  {reply.answer}")
         print(f"  {evidence(reply)}")
 
 
@@ -95,6 +92,20 @@ def clock(seconds: float, decimals: int = 1) -> str:
     hours, minute = divmod(minutes, 60)
     text = f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
     return f"{text}.{rest:0{decimals}d}".rstrip("0") if rest else text
+
+
+def _answer(args: argparse.Namespace, questions: Sequence[str]) -> int:
+    """Asks, once all that can be wrong has been looked at."""
+    reading = _reading(args)
+    if args.output:
+        check_writable(args.output, f"--output {args.output}")
+    model = _model(args)
+    with contextlib.ExitStack() as held:
+        if args.output:
+            model.check(args.video, questions=questions, **reading)
+            held.enter_context(locked_output(args.output))
+        _show(model.ask(args.video, questions, **reading), args)
+    return 0
 
 
 def _model(args: argparse.Namespace) -> VideoModel:

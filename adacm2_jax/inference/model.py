@@ -30,7 +30,7 @@ class VideoModel:
 
     Args:
       make_answerer: makes the compiled functions for videos of at most so many frames; it is called
-        when the first question is asked.
+        when the first video has been opened.
       processor: the model's tokenizers.
       ask_as: a question → what the networks read.
       size: side of the frames, pixels.
@@ -102,12 +102,18 @@ class VideoModel:
         sampling: Sampling | None = None,
         start: float | None = None,
         end: float | None = None,
+        questions: Sequence[str] = (),
     ) -> int:
         """Opens a video, without decoding it, and returns how many frames would be read.
 
+        Nothing is computed, and no parameter is read.
+
         Raises:
-          DataError: if it is none, or its end is seen to be missing.
+          UserError: for a question that is too long.
+          DataError: if the video is none, or its end is seen to be missing.
         """
+        if questions:
+            self._prompts(questions)
         return self._open(video, sampling, start, end).total
 
     def caption(self, video: str | os.PathLike, prompt: str = CAPTION, **options: Any) -> Any:
@@ -209,10 +215,7 @@ class VideoModel:
         """The memories after the whole video."""
         if not questions:
             raise UserError("questions are empty; ask at least one")
-        for question in questions:
-            check_kind(question, str, "a question", "a text")
-        prompts = [self._ask_as(check_text(question, "a question")) for question in questions]
-        self._processor.questions(prompts)
+        prompts = self._prompts(questions)
         row = self._open(video, sampling, start, end)
         answerer = self._answerer(row.total)
         reading = answerer.start(prompts, np.array([row.total]), np.zeros(1, np.uint32))
@@ -225,6 +228,14 @@ class VideoModel:
         if row.error:
             raise DataError(row.error)
         yield answerer, reading, row
+
+    def _prompts(self, questions: Sequence[str]) -> list[str]:
+        """What the networks read of questions, none of which is too long."""
+        for question in questions:
+            check_kind(question, str, "a question", "a text")
+        prompts = [self._ask_as(check_text(question, "a question")) for question in questions]
+        self._processor.questions(prompts)
+        return prompts
 
     def _open(
         self,

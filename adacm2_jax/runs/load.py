@@ -64,6 +64,7 @@ def load(
 ) -> VideoModel:
     """Opens a model that answers questions about videos.
 
+    Its parameters are looked for here, and read when the first question can be answered.
     For example::
 
         model = adacm2_jax.load("runs/quickstart/main")
@@ -81,7 +82,8 @@ def load(
       mesh: devices along (data, model); by default the run's.
 
     Raises:
-      UserError: if there is no model, it is damaged, or a value cannot be used.
+      UserError: if there is no model, it is seen to be damaged, or a value cannot be used. Damaged
+        values are found when they are read.
     """
     place = "the directory of a run or of a converted checkpoint"
     if not os.fspath(check_kind(directory, (str, os.PathLike), "directory", place)):
@@ -114,9 +116,10 @@ def load(
         ),
         eval=dataclasses.replace(experiment.eval, policies=policies),
     )
+    experiment.memories(frames=1)
     processor = Processor.load(pathlib.Path(directory), model)
-    params = load_params(experiment, directory)
-    return video_model(experiment, lambda: params, processor)
+    check_params(experiment, directory)
+    return video_model(experiment, lambda: load_params(experiment, directory), processor)
 
 
 def video_model(
@@ -126,7 +129,7 @@ def video_model(
 
     Args:
       experiment: its model, memories and generation count.
-      params: called for the parameters when the first question is asked.
+      params: called for the parameters when the first video has been opened.
       processor: the model's tokenizers.
     """
     params = functools.cache(params)
@@ -150,8 +153,12 @@ def video_model(
             fingerprint=functools.cache(lambda: fingerprint(params())),
         )
 
+    def answerer(frames: int) -> Answerer:
+        _check_full(experiment, frames)  # before parameters are read
+        return make_answerer(experiment, params(), processor, frames)
+
     return VideoModel(
-        lambda frames: make_answerer(experiment, params(), processor, frames),
+        answerer,
         processor,
         ask_as=experiment.data.ask,
         size=experiment.model.vision.image_size,
@@ -173,8 +180,7 @@ def make_answerer(
       processor: its tokenizers.
       frames: of the longest video, where it is known; see ``Experiment.memories``.
     """
-    if frames and "full" in experiment.eval.policies:
-        _check_full(experiment.model, frames)
+    _check_full(experiment, frames)
     return Answerer(
         experiment.model,
         params,
@@ -185,8 +191,11 @@ def make_answerer(
     )
 
 
-def _check_full(config: AdaCM2Config, frames: int) -> None:
-    """Refuses a video of which policy ``full`` cannot hold every token."""
+def _check_full(experiment: Experiment, frames: int) -> None:
+    """Refuses a video of which policy ``full`` cannot hold every token; 0 frames: not known."""
+    if not frames or "full" not in experiment.eval.policies:
+        return
+    config = experiment.model
     qformer, tokens = config.qformer, frames * config.vision.tokens_per_frame
     each = 2 * qformer.width * jnp.dtype(config.memory_dtype).itemsize  # a key and a value
     check_room(
@@ -210,13 +219,35 @@ def load_params(experiment: Experiment, directory: str | os.PathLike) -> dict:
     mesh = make_mesh(tuple(experiment.mesh))
     connect(mesh)
     abstract = abstract_params(experiment.model, experiment.optim.groups, mesh)
-    run = (pathlib.Path(directory) / "config.json").exists() and not is_base(directory)
-    if run or not (experiment.init_from or is_base(directory)):
+    source = _start_of(experiment, directory)
+    if source is None:
         return join_params(restore_params(directory, abstract, base=experiment.init_from), {})
-    source = directory if is_base(directory) else experiment.init_from
     return start_params(
         source, experiment.model, abstract, experiment.init_missing, experiment.seed
     )
+
+
+def check_params(experiment: Experiment, directory: str | os.PathLike) -> None:
+    """Whether :func:`load_params` would find its parameters, without reading a value of them.
+
+    Raises:
+      UserError: if there are none, or they are another model's.
+    """
+    mesh = make_mesh(tuple(experiment.mesh))
+    abstract = abstract_params(experiment.model, experiment.optim.groups, mesh)
+    source = _start_of(experiment, directory)
+    if source is None:
+        find_params(directory, abstract, base=experiment.init_from)
+    else:
+        check_start(source, experiment.model, abstract, experiment.init_missing)
+
+
+def _start_of(experiment: Experiment, directory: str | os.PathLike) -> str | os.PathLike | None:
+    """What a model starts from that is no run of its own; None for a run."""
+    if is_base(directory):
+        return directory
+    run = (pathlib.Path(directory) / "config.json").exists()
+    return None if run or not experiment.init_from else experiment.init_from
 
 
 def _replace(config: Any, name: str, values: dict[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 import adacm2_jax
 from adacm2_jax.commands.ask import clock, clocks
 from adacm2_jax.errors import DataError, UserError
+from adacm2_jax.runs.lock import locked_output
 from adacm2_jax.video.room import host_memory
 from tests.small import (
     QUESTION,
@@ -35,6 +37,16 @@ def clip(tmp_path_factory):
     path = tmp_path_factory.mktemp("clips") / "clip.mp4"
     encode(path, numbered_frames(200), fps=10)
     return path
+
+
+@pytest.fixture
+def no_parameters(monkeypatch):
+    """Fails when parameters are read: what is cheap to find is found before."""
+
+    def restore(*_, **__):
+        raise AssertionError("parameters were read")
+
+    monkeypatch.setattr("adacm2_jax.runs.load.restore_params", restore)
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +217,7 @@ def test_json_is_a_line_an_answer_and_earlier_files_stay(small_run, clip, tmp_pa
         assert run_script(*command, "--output", tmp_path) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(lines) == 2 and lines[0] == lines[1]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
+    assert sorted(path.name for path in tmp_path.glob("predictions*")) == [
         "predictions.1.jsonl",
         "predictions.jsonl",
     ]
@@ -239,6 +251,62 @@ def test_wrong_flags_are_one_line(small_run, clip, capsys, given, words):
     assert status == 2
     for word in words:
         assert word in line, line
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--fps", "nan"], "sampling.fps=nan"),
+        (["--num-frames", "0"], "num_frames=0"),
+        (["--start", "5", "--end", "3"], "start=5 s is not before end=3 s"),
+        (["--question", "why " * 20_000], "the limit is 24"),
+        (["{gone}"], "gone.mp4: no such file"),
+    ],
+)
+def test_what_is_asked_is_looked_at_before_parameters_are_read(
+    small_run, no_parameters, clip, tmp_path, capsys, given, message
+):
+    video = tmp_path / "gone.mp4" if given == ["{gone}"] else clip
+    given = [] if given == ["{gone}"] else given
+    command = (video, "--model", small_run)
+    output = tmp_path / "out"
+    question = [] if "--question" in given else ["--question", QUESTION]
+    assert run_script("ask", *command, *question, "--output", output, *given) == 2
+    assert message in error_line(capsys)
+    assert not output.exists()
+    if "--question" not in given:
+        assert run_script("caption", *command, *given) == 2
+        assert message in error_line(capsys)
+    choose = ("choose", *command, "--label", "1", "--label", "2")
+    assert run_script(*choose, *given) == 2
+    assert message in error_line(capsys)
+
+
+def test_a_label_that_is_too_long_is_refused_before_parameters_are_read(
+    small_run, no_parameters, clip, capsys
+):
+    command = ("choose", clip, "--model", small_run, "--label", "1")
+    assert run_script(*command, "--label", "1 " * 50) == 2
+    assert "1 1 1" in error_line(capsys)
+    with pytest.raises(AssertionError, match="parameters were read"):
+        run_script(*command, "--label", "2")
+
+
+def test_a_run_without_parameters_is_refused_when_it_is_opened(small_run, tmp_path):
+    shutil.copytree(small_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    with pytest.raises(UserError, match="no checkpoint here"):
+        adacm2_jax.load(tmp_path / "run")
+
+
+def test_an_output_that_another_process_writes_to_is_refused(
+    small_run, no_parameters, clip, tmp_path, capsys
+):
+    """Before a parameter is read; both would give their predictions the same name."""
+    command = ("ask", clip, "--model", small_run, "--question", QUESTION, "--output")
+    with locked_output(tmp_path):
+        assert run_script(*command, tmp_path) == 2
+    line = error_line(capsys)
+    assert f"{tmp_path}: another process is writing there" in line and "--output" in line
 
 
 @pytest.mark.parametrize("words", [["--help"], ["ask", "--help"], ["choose", "-h"]])
