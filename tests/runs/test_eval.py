@@ -378,8 +378,11 @@ def test_what_a_line_of_the_data_says_stays_one_line(small_run, no_parameters, t
     text = capsys.readouterr().err
     assert "te\\nst.jsonl: id a\\nb\\x1b[31m: " in error_line(text)
     assert "the limit is 24" in error_line(text) and "\x1b" not in text
-    path.write_text(json.dumps(line | {"video": name}))
+    path.write_text(json.dumps(line | {"video": name, "question": QUESTION}))
     assert run_script("eval.py", f"--workdir={small_run}", *given) == 2
+    text = capsys.readouterr().err
+    assert "the first is " in error_line(text) and "a\\nb\\x1b[31m; paths" in error_line(text)
+    assert "\x1b" not in text
 
 
 def clip_in(directory) -> str:

@@ -112,6 +112,14 @@ def test_a_second_training_in_the_same_directory_is_refused(
         pass
 
 
+def test_a_run_is_not_begun_where_its_checkpoints_could_not_be_read(data_dir, tmp_path, capsys):
+    run = tmp_path / "run[1]"
+    assert run_script("train.py", *arguments(run, data_dir)) == 2
+    line = error_line(capsys)
+    assert f"--workdir={run}: no checkpoint can be written there" in line and "rename" in line
+    assert not run.exists()
+
+
 @pytest.mark.parametrize("change", ["order", "answer", "window"])
 def test_changed_training_data_is_refused(compiled_once, tmp_path, capsys, change):
     encode(tmp_path / "clip.mp4", numbered_frames(40), fps=10)
