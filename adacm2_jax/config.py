@@ -5,10 +5,13 @@ laptop in minutes, :func:`instructblip_vicuna_7b` has the shapes of the publishe
 """
 
 import dataclasses
+import math
+import re
+import types
 import typing
 from fractions import Fraction
 
-from adacm2_jax.errors import UserError
+from adacm2_jax.errors import UserError, printable
 
 Ratio = str | int | float | Fraction
 POLICIES = ("adacm2", "full", "recent", "uniform", "random", "budget", "merge")
@@ -16,6 +19,10 @@ POLICIES = ("adacm2", "full", "recent", "uniform", "random", "budget", "merge")
 SCORED = ("adacm2", "budget")
 SCORE_ROWS = ("query", "text", "query+text")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+#: Whole numbers become int32 on the accelerator, others float32.
+_MOST = {int: 2**31 - 1, float: 3.4e38}
+#: Characters and decimal exponent of a ratio's text: written out, 1e999999999 fills the memory.
+_RATIO_LENGTH, _RATIO_EXPONENT = 1000, 300
 
 
 def as_fraction(value: Ratio, name: str = "a ratio") -> Fraction:
@@ -25,9 +32,61 @@ def as_fraction(value: Ratio, name: str = "a ratio") -> Fraction:
       UserError: if the value is no number; ``name`` says what it was meant for.
     """
     try:
-        return Fraction(str(value))
+        text = str(value)
+        exponent = re.search(r"[eE][+-]?0*(\d*)", text)
+        if len(text) > _RATIO_LENGTH or (exponent and int(exponent[1] or 0) > _RATIO_EXPONENT):
+            raise ValueError("too long")
+        return Fraction(text)
     except (ValueError, ZeroDivisionError) as error:
-        raise UserError(f"{name} must be a number such as 0.1 or '1/10', not {value!r}") from error
+        given = printable(repr(value)[:60])
+        raise UserError(f"{name} must be a number such as 0.1 or '1/10', not {given}") from error
+
+
+def check_numbers(
+    section: str, config: typing.Any, most: dict[str, int] | None = None, **least: float
+) -> None:
+    """Checks every number of a configuration: whole ones are at least 1, others are above 0.
+
+    Args:
+      section: of the configuration in the experiment, for messages; empty for the topmost.
+      config: a dataclass; its fields of type ``int`` and ``float`` are checked.
+      most: of fields that may not be as large as the machine's numbers.
+      least: of fields that may be smaller than that, themselves included.
+
+    Raises:
+      UserError: naming the field, its value and what it must be.
+    """
+    for field in dataclasses.fields(config):
+        if field.type not in (int, float):
+            continue
+        value, name = getattr(config, field.name), f"{section}.{field.name}".lstrip(".")
+        low, high = least.get(field.name), (most or {}).get(field.name, _MOST[field.type])
+        if field.type is int:
+            low, bound = (1, "at least 1") if low is None else (low, f"at least {low}")
+            inside = low <= value
+        else:
+            check_finite(value, name)
+            inside = value > 0 if low is None else value >= low
+            bound = "above 0" if low is None else f"at least {low:g}"
+        if not inside:
+            raise UserError(f"{name} = {value} must be {bound}")
+        if value > high:
+            shown = f"{high:,}" if field.type is int else f"{high:g}"
+            raise UserError(f"{name} = {value} must be at most {shown}; lower it")
+
+
+def check_finite(value: float, name: str) -> None:
+    """Refuses what is not a number, or endless: JSON has neither, and nothing can be computed.
+
+    Raises:
+      UserError: naming it.
+    """
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # of a whole number beyond all others
+        finite = False
+    if not finite:
+        raise UserError(f"{name} = {value!r:.60} must be a finite number")
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
@@ -53,6 +112,7 @@ class VisionConfig:
     layer_norm_eps: float = 1e-6
 
     def __post_init__(self):
+        check_numbers("vision", self)
         _divides("vision.patch_size", self.patch_size, "vision.image_size", self.image_size)
         _divides("vision.num_heads", self.num_heads, "vision.width", self.width)
 
@@ -78,11 +138,12 @@ class QFormerConfig:
     dropout: float = 0.1
 
     def __post_init__(self):
+        check_numbers("qformer", self, dropout=0)
         _divides("qformer.num_heads", self.num_heads, "qformer.width", self.width)
         _divides(
             "qformer.cross_attention_every", self.cross_attention_every, "qformer.depth", self.depth
         )
-        if not 0 <= self.dropout < 1:
+        if self.dropout >= 1:
             raise UserError(f"qformer.dropout must be in [0, 1), not {self.dropout}")
 
     @property
@@ -107,6 +168,7 @@ class LlamaConfig:
     tie_embeddings: bool = False
 
     def __post_init__(self):
+        check_numbers("llm", self)
         _divides("llm.num_heads", self.num_heads, "llm.width", self.width)
         _divides("llm.num_kv_heads", self.num_kv_heads, "llm.num_heads", self.num_heads)
         if self.head_dim % 2:
@@ -182,6 +244,7 @@ class MemoryConfig:
                 f"memory.bank_frames is {self.bank_frames}: policy 'merge' needs the number of "
                 "frames that a bank holds; set it to the checkpoint's (MA-LMM: 10 or 20)"
             )
+        check_numbers("memory", self, max_frames=0, capacity=0, bank_frames=0, novelty=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,8 +283,7 @@ class AdaCM2Config:
     def __post_init__(self):
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("qformer_dtype", self.qformer_dtype, ("", *DTYPES))
-        if self.temporal_positions < 1:
-            raise UserError(f"temporal_positions must be at least 1, not {self.temporal_positions}")
+        check_numbers("", self)
         if self.max_text_len > self.qformer.max_positions:
             raise UserError(
                 f"max_text_len is {self.max_text_len}, but the Q-Former has only "
@@ -312,28 +374,62 @@ def from_dict(values: dict, cls: type = AdaCM2Config, path: str = ""):
     """Builds (and so checks) a configuration from plain values; the inverse of :func:`to_dict`.
 
     Raises:
-      UserError: for a field that does not exist, a wrong type or a value out of range.
+      UserError: for a field that does not exist or is missing, a wrong type, a number that is not
+        finite, or a value out of range.
     """
     if not isinstance(values, dict):
         where = path.rstrip(".") or "a configuration"
-        raise UserError(f"{where} must be a table of its fields, not {values!r}")
+        shown = printable(repr(values)[:60])
+        raise UserError(f"{where} must be a table of its fields, not {shown}")
     kinds = typing.get_type_hints(cls)
     fields = {field.name: kinds[field.name] for field in dataclasses.fields(cls)}
     arguments = {}
     for name, value in values.items():
         if name not in fields:
-            raise UserError(f"unknown configuration field {path}{name}; known: {', '.join(fields)}")
+            raise UserError(
+                f"unknown configuration field {path}{printable(str(name)[:60])}; known: "
+                + ", ".join(fields)
+            )
         kind = fields[name]
         if dataclasses.is_dataclass(kind):
             value = from_dict(value, typing.cast(type, kind), f"{path}{name}.")
         elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+            check_finite(value, f"{path}{name}")
             value = float(value)
         elif kind is tuple and isinstance(value, list):
             value = _tuples(value)  # JSON has none
-        elif isinstance(kind, type) and type(value) is not kind:
-            raise UserError(f"{path}{name} must be {kind.__name__}, not {value!r}")
+        else:
+            _check_kind(value, kind, f"{path}{name}")
+        _check_finite_within(value, f"{path}{name}")
         arguments[name] = value
+    for field in dataclasses.fields(cls):
+        needed = field.default is field.default_factory is dataclasses.MISSING
+        if needed and field.name not in arguments:
+            raise UserError(f"{path}{field.name} is missing; a configuration must have it")
     return cls(**arguments)
+
+
+def _check_kind(value: typing.Any, kind: typing.Any, name: str) -> None:
+    """Compares a value with the type of its field: a class, or some of which it is one."""
+    union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    kinds = [
+        typing.get_origin(each) or each for each in (typing.get_args(kind) if union else [kind])
+    ]
+    if typing.Literal in kinds or Fraction in kinds:  # its class says which
+        return
+    if tuple in kinds:
+        kinds.append(list)  # JSON has no other
+    if type(value) not in kinds:
+        known = " or ".join("None" if each is type(None) else each.__name__ for each in kinds)
+        raise UserError(f"{name} must be {known}, not {printable(repr(value)[:60])}")
+
+
+def _check_finite_within(value: typing.Any, name: str) -> None:
+    for each in value if isinstance(value, tuple | list) else [value]:
+        if isinstance(each, tuple | list):
+            _check_finite_within(each, name)
+        elif isinstance(each, float):
+            check_finite(each, name)
 
 
 def _tuples(value):

@@ -8,13 +8,46 @@ import jax
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from adacm2_jax.config import AdaCM2Config
+from adacm2_jax.config import AdaCM2Config, check_finite
 from adacm2_jax.errors import UserError
 from adacm2_jax.models.adacm2 import init_params
 from adacm2_jax.sharding import param_shardings
 
 #: A regular expression over parameter paths, and a factor on the learning rate; None freezes.
 Group = tuple[str, float | None]
+
+
+def check_groups(groups: Sequence[Group]) -> None:
+    """Raises ``UserError`` for what is no sequence of :data:`Group`."""
+    for group in groups:
+        if not isinstance(group, tuple) or len(group) != 2:
+            raise UserError(
+                f"optim.groups: {group!r:.60} must be a pair such as ('.*', 1.0): an expression "
+                "over paths and a factor, None for frozen"
+            )
+        pattern, factor = group
+        check_expressions("optim.groups", (pattern,))
+        if factor is None:
+            continue
+        number = isinstance(factor, int | float) and not isinstance(factor, bool)
+        if number:
+            check_finite(factor, f"optim.groups: the factor of {pattern!r:.60}")
+        if not number or factor < 0:
+            raise UserError(
+                f"optim.groups: the factor {factor!r:.60} must be a number from 0 on, or None"
+            )
+
+
+def check_expressions(name: str, patterns: Sequence[str]) -> None:
+    """Raises ``UserError`` for what is no regular expression; ``name`` is the field's."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern if isinstance(pattern, str) else "(")
+        except (re.error, RecursionError, OverflowError):
+            raise UserError(
+                f"{name}: {pattern!r:.60} is no regular expression over the paths of parameters, "
+                "such as 'qformer/.*'"
+            ) from None
 
 
 def group_of(path: str, groups: Sequence[Group]) -> Group:

@@ -6,16 +6,17 @@ those of the classes here. ``config.json`` of a run is :func:`to_dict` of its ex
 """
 
 import dataclasses
-import math
+import string
 from typing import Any
 
 import jax
 
 from adacm2_jax import config as model_config
-from adacm2_jax.config import SCORED, AdaCM2Config, MemoryConfig
+from adacm2_jax.config import SCORED, AdaCM2Config, MemoryConfig, check_numbers
 from adacm2_jax.errors import UserError
 from adacm2_jax.inference.generate import GenerationConfig
 from adacm2_jax.models.adacm2 import check_memory
+from adacm2_jax.models.params import check_expressions, check_groups
 from adacm2_jax.training.step import StepConfig
 from adacm2_jax.video.sampling import RESIZE_NAMES, Sampling
 
@@ -40,11 +41,8 @@ MAY_CHANGE = {
 }
 
 
-def _at_least(section: str, config: Any, **least: int) -> None:
-    for field, bound in least.items():
-        value = getattr(config, field)
-        if value < bound:
-            raise UserError(f"{section}.{field} = {value} must be at least {bound}")
+#: Decoding processes or threads: beyond any machine, but few enough to be started.
+_WORKERS = {"workers": 256}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +62,9 @@ class NeedleTask:
     test_size: int = 1000
     evidence_only: bool = False
     drawn: bool = False
+
+    def __post_init__(self):
+        check_numbers("data.needle", self, train_size=0, test_size=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,14 +103,19 @@ class DataConfig:
     workers: int = 0
 
     def __post_init__(self):
-        _at_least("data", self, workers=0)
+        check_numbers("data", self, _WORKERS, workers=0)
         try:
-            self.prompt.format(question="")
-        except (AttributeError, LookupError, ValueError):
+            fields = [each[1:] for each in string.Formatter().parse(self.prompt)]
+        except ValueError:
+            fields = [("", "", None)]
+        if not {each for each in fields if each[0] is not None} <= {("question", "", None)}:
             raise UserError(
                 f"data.prompt = {self.prompt!r}: its only field is {{question}}; write other "
                 "braces twice"
-            ) from None
+            )
+        for split, path in self.jsonl.items():
+            if not isinstance(split, str) or not isinstance(path, str):
+                raise UserError(f"data.jsonl.{split} = {path!r:.60} must be the name of a file")
         if self.on_truncated not in ("error", "use"):
             raise UserError(f"data.on_truncated = {self.on_truncated!r}: must be error or use")
         if self.resize not in RESIZE_NAMES:
@@ -146,7 +152,7 @@ class TrainConfig:
     accumulate: int = 1
 
     def __post_init__(self):
-        _at_least("train", self, steps=1, batch_size=1, num_frames=1, log_every=1)
+        check_numbers("train", self)
         self.step  # noqa: B018 (its fields are checked)
 
     @property
@@ -177,14 +183,12 @@ class OptimConfig:
     groups: tuple = (("(vision|llm)/.*", None), (".*", 1.0))
 
     def __post_init__(self):
-        _at_least("optim", self, warmup_steps=0)
-        for field in ("learning_rate", "weight_decay", "clip_norm"):
-            value = getattr(self, field)
-            if not 0 <= value < math.inf:
-                raise UserError(f"optim.{field} = {value} must be a number from 0 on")
+        from_zero = dict.fromkeys(("learning_rate", "weight_decay", "clip_norm", "b1", "b2"), 0)
+        check_numbers("optim", self, warmup_steps=0, **from_zero)
         for field in ("b1", "b2"):
-            if not 0 <= getattr(self, field) < 1:
+            if getattr(self, field) >= 1:
                 raise UserError(f"optim.{field} = {getattr(self, field)} must be in [0, 1)")
+        check_groups(self.groups)
 
     @property
     def rule(self) -> dict[str, Any]:
@@ -207,7 +211,7 @@ class CheckpointConfig:
     keep_every: int = 0
 
     def __post_init__(self):
-        _at_least("checkpoint", self, every=1, keep=1, keep_every=0)
+        check_numbers("checkpoint", self, keep_every=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +239,7 @@ class EvalConfig:
     split: str = "test"
 
     def __post_init__(self):
-        _at_least("eval", self, every=0, limit=0, batch_size=1, chunk=1, workers=1)
+        check_numbers("eval", self, _WORKERS, every=0, limit=0, full_frames=0)
         if not self.policies:
             raise UserError("eval.policies is empty; name at least one, such as ('adacm2',)")
 
@@ -269,6 +273,10 @@ class Experiment:
     generation: GenerationConfig = dataclasses.field(default=GenerationConfig(max_new_tokens=8))
 
     def __post_init__(self):
+        check_numbers("", self, {"seed": 2**32 - 1}, seed=0)
+        if len(self.mesh) != 2 or any(type(size) is not int for size in self.mesh):
+            raise UserError(f"mesh = {self.mesh!r:.60} must be two whole numbers, such as (-1, 1)")
+        check_expressions("init_missing", self.init_missing)
         check_memory(self.model)
         self.memories(frames=1)  # what does not depend on the video
 
@@ -345,10 +353,11 @@ def read(config: Any) -> Experiment:
       UserError: for an unknown field, a wrong type, or a value out of range.
     """
     values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    if "sampling" in values.get("data", {}):
-        sampling = values["data"]["sampling"]
-        most = sampling.get("max_frames") or None  # 0 stands for none: overrides need a number
-        values = values | {"data": values["data"] | {"sampling": sampling | {"max_frames": most}}}
+    data = values.get("data")
+    sampling = data.get("sampling") if isinstance(data, dict) else None
+    if isinstance(sampling, dict) and sampling.get("max_frames") == 0:
+        none = sampling | {"max_frames": None}  # 0 stands for it: overrides need a number
+        values = values | {"data": data | {"sampling": none}}
     return model_config.from_dict(values, Experiment)
 
 

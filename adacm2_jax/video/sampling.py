@@ -46,7 +46,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.mode not in ("fps", "uniform"):
             raise DataError(f"sampling.mode={self.mode!r}: must be 'fps' or 'uniform'")
-        if self.mode == "fps" and not (math.isfinite(self.fps) and self.fps > 0):
+        if not (math.isfinite(self.fps) and self.fps > 0):
             raise DataError(
                 f"sampling.fps={self.fps!r}: must be a positive number of frames a second"
             )
@@ -54,6 +54,8 @@ class Sampling:
             raise DataError(
                 f"sampling.num_frames={self.num_frames!r}: mode 'uniform' needs 1 or more"
             )
+        if self.num_frames < 0:
+            raise DataError(f"sampling.num_frames={self.num_frames!r}: must be 0 or more")
         if self.max_frames is not None and self.max_frames < 1:
             raise DataError(f"sampling.max_frames={self.max_frames!r}: must be 1 or more, or None")
 
