@@ -30,7 +30,13 @@ from adacm2_jax.inference.evaluate import table
 from adacm2_jax.inference.processor import Processor
 from adacm2_jax.runs import app, experiment
 from adacm2_jax.runs.experiment import MAY_CHANGE, check_same
-from adacm2_jax.runs.load import check_base, load_params, make_answerer, video_model
+from adacm2_jax.runs.load import (
+    check_base,
+    load_params,
+    make_answerer,
+    stored_experiment,
+    video_model,
+)
 from adacm2_jax.runs.lock import locked_output
 from adacm2_jax.runs.workdir import is_base, read_config
 from adacm2_jax.video.sampling import ONE_A_SECOND
@@ -63,7 +69,7 @@ def main() -> int:
     if is_base(weights):
         check_base(weights, config.model)
     else:
-        stored = experiment.to_dict(experiment.read(read_config(weights)))
+        stored = experiment.to_dict(stored_experiment(weights))
         check_same(stored, experiment.to_dict(config), weights, MAY_CHANGE["evaluate"])
     output = args.output if args.output is not None else f"{workdir}/eval"
     output = app.directory("output", output)

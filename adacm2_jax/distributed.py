@@ -32,7 +32,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import multihost
 
-from adacm2_jax.errors import LostProcessError, UserError, causes
+from adacm2_jax.errors import LostProcessError, UserError, causes, printable
 
 T = TypeVar("T")
 
@@ -82,7 +82,7 @@ def initialize(
             f"--process_id={process_id}: several processes need all three"
         )
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not (port.isascii() and port.isdecimal()):
         raise UserError(f"--coordinator={coordinator} must be host:port, such as 10.0.0.1:1234")
     if not 0 <= process_id < num_processes:
         raise UserError(
@@ -333,6 +333,13 @@ class Preemption:
                 signal.signal(number, self._note)
 
 
+#: What is wrong with a path that somebody gave, and not with this program.
+_OF_A_PATH = (
+    *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR),
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+)
+
+
 def explain(error: BaseException) -> UserError | None:
     """What to tell people of an error that is no fault of the program; None for all others."""
     chain = list(causes(error))
@@ -349,6 +356,14 @@ def explain(error: BaseException) -> UserError | None:
             f"no room on the disk ({_first_line(text)}): make room, then the same command goes on "
             "from the newest complete checkpoint"
         )
+    for each in chain:
+        if isinstance(each, OSError) and each.errno in _OF_A_PATH and each.filename:
+            shown = printable(os.fsdecode(each.filename))
+            shown = f"{shown[:80]} …" if len(shown) > 200 else shown
+            return UserError(
+                f"{shown}: {each.strerror}; correct the path, or what is there (--debug shows "
+                "where it was used)"
+            )
     gone = (
         *("Connection closed by peer", "Connection reset", "Gloo ", "coordination", "heartbeat"),
         "Timed out while waiting for",  # of Orbax, where another process did not finish its save

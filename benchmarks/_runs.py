@@ -14,7 +14,7 @@ def steps_of(workdir: pathlib.Path) -> list[int]:
     """The steps whose checkpoint is complete, by its name."""
     directory = workdir / "checkpoints"
     names = [path.name for path in directory.iterdir()] if directory.exists() else []
-    return sorted(int(name) for name in names if name.isdigit())
+    return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
 
 
 def leaves(tree) -> dict[str, tuple]:

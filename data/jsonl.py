@@ -185,6 +185,8 @@ def _read_lines(path: str) -> list[str]:
         raise DataError(f"{name}: is a directory: give the JSON Lines file inside it") from None
     except PermissionError:
         raise DataError(f"{name}: may not be read: change its permissions") from None
+    except OSError as error:
+        raise DataError(f"{name:.80}: {error.strerror}: check the path") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: is not UTF-8 (byte {error.start}): save it as UTF-8") from None
 

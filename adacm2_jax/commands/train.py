@@ -19,7 +19,13 @@ from adacm2_jax.models.params import abstract_params, fresh_params, join_params,
 from adacm2_jax.runs import experiment as experiments
 from adacm2_jax.runs.checkpoint import Checkpoints
 from adacm2_jax.runs.experiment import MAY_CHANGE, Experiment, check_alike, check_same
-from adacm2_jax.runs.load import check_start, make_answerer, resume_frozen, start_params
+from adacm2_jax.runs.load import (
+    check_start,
+    make_answerer,
+    resume_frozen,
+    start_params,
+    stored_experiment,
+)
 from adacm2_jax.runs.lock import locked
 from adacm2_jax.runs.metrics import MetricWriter
 from adacm2_jax.runs.profiling import Profile
@@ -73,10 +79,10 @@ def train_and_evaluate(
     check_path(root, f"--workdir={root}")
     config.check_training()  # before it is compared: what nobody could use is no difference
     clip_loader(config)
-    resumed = (root / "config.json").exists()
+    resumed = os.path.lexists(root / "config.json")  # a link to nowhere is damage
     stored = experiments.to_dict(config)
     if resumed:
-        before = experiments.to_dict(experiments.read(read_config(root)))
+        before = experiments.to_dict(stored_experiment(root))
         check_same(before, stored, root, MAY_CHANGE["resume"] + _free_base(root, config.init_from))
         _check_length(root, config)
     mesh = make_mesh(tuple(config.mesh))

@@ -110,7 +110,7 @@ def directory(name: str, path: str) -> str:
 
     Raises:
       UserError: for an address in a bucket: each process would take it for a local directory; or
-        for a file, and for a path that no directory can have.
+        for what is there and is none.
     """
     if not path:
         raise UserError(f"--{name} is empty; name a directory")
@@ -127,6 +127,9 @@ def directory(name: str, path: str) -> str:
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):  # nor can it ever be made
             raise UserError(f"{given}: {error.strerror}; name another directory") from None
+    if os.path.lexists(path) and not os.path.isdir(path):
+        what = "a link to nothing" if os.path.islink(path) else "no directory"
+        raise UserError(f"{given} is {what}; name a directory")
     return path
 
 

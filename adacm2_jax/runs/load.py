@@ -22,7 +22,14 @@ from adacm2_jax.models.params import abstract_params, fresh_params, join_params
 from adacm2_jax.runs import experiment as experiments
 from adacm2_jax.runs.checkpoint import find_params, restore_params
 from adacm2_jax.runs.experiment import MAY_CHANGE, Experiment, check_same
-from adacm2_jax.runs.workdir import find_base, is_base, read_base, read_config, write_link
+from adacm2_jax.runs.workdir import (
+    damaged,
+    find_base,
+    is_base,
+    read_base,
+    read_config,
+    write_link,
+)
 from adacm2_jax.sharding import make_mesh
 from adacm2_jax.video.room import check_room
 from adacm2_jax.video.sampling import FEWER
@@ -46,10 +53,25 @@ def experiment_of(directory: str | os.PathLike) -> Experiment:
     Raises:
       UserError: if there is neither.
     """
-    stored = read_config(directory)
     if is_base(directory):
-        stored = {"model": stored["model"]} | _AS_LAVIS
-    return experiments.read(stored)
+        return _read_stored(directory, {"model": read_config(directory)["model"]} | _AS_LAVIS)
+    return stored_experiment(directory)
+
+
+def stored_experiment(directory: str | os.PathLike) -> Experiment:
+    """What ``config.json`` of a run holds.
+
+    Raises:
+      UserError: if there is none, or it is damaged.
+    """
+    return _read_stored(directory, read_config(directory))
+
+
+def _read_stored(directory: str | os.PathLike, values: dict) -> Experiment:
+    try:
+        return experiments.read(values)
+    except UserError as error:
+        raise damaged(f"{os.fspath(directory)}/config.json", str(error)) from None
 
 
 def load(

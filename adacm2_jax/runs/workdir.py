@@ -21,14 +21,16 @@ Of several processes each writes its shards, process 0 all else; the directory m
 of them share. Nothing on disk depends on the mesh or on the number of processes.
 """
 
+import contextlib
 import fnmatch
 import json
 import os
+from collections.abc import Iterator
 
 from etils import epath
 
 from adacm2_jax.distributed import is_main
-from adacm2_jax.errors import UserError, printable
+from adacm2_jax.errors import UserError, printable, reason
 from adacm2_jax.files import write_json
 
 #: Directory of all parameters in a converted checkpoint.
@@ -42,22 +44,23 @@ def saved_steps(workdir: str | os.PathLike) -> list[int]:
     checkpoints = epath.Path(workdir) / "checkpoints"
     # Not by a pattern, of which the directory's own name would be a part.
     names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
-    return sorted(int(name) for name in names if name.isdigit())
+    return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
 
 
 def is_base(directory: str | os.PathLike) -> bool:
     """Whether this is a converted checkpoint, complete."""
-    return (epath.Path(directory) / "base.json").exists()
+    with _finding(directory):
+        return (epath.Path(directory) / "base.json").exists()
 
 
 def read_base(directory: str | os.PathLike) -> dict:
     """What a converted checkpoint says of itself: ``fingerprint``, ``sources`` …; {} for a run."""
-    return _read_json(epath.Path(directory) / "base.json")
+    return _read_texts(epath.Path(directory) / "base.json", "fingerprint")
 
 
 def read_link(workdir: str | os.PathLike) -> dict:
     """``path`` and ``fingerprint`` of the base that a run has its frozen parameters of; or {}."""
-    return _read_json(epath.Path(workdir) / LINK)
+    return _read_texts(epath.Path(workdir) / LINK, "path", "fingerprint")
 
 
 def write_link(workdir: str | os.PathLike, base: str | os.PathLike) -> None:
@@ -164,23 +167,66 @@ def write_config(workdir: str | os.PathLike, config: dict) -> None:
 
 
 def read_config(workdir: str | os.PathLike) -> dict:
-    """The experiment that made a run.
+    """The experiment that made a run, or the model of a converted checkpoint.
 
     Raises:
-      UserError: if there is none, or it is no JSON.
+      UserError: if there is none, or it is no table of JSON with a model.
     """
-    path = epath.Path(workdir) / "config.json"
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"{workdir}: no config.json here; is this a directory of train.py?"
-        ) from None
-    except ValueError as error:
-        raise UserError(
-            f"{path} is damaged ({error}); restore it from where the run was started"
-        ) from None
+    with _finding(workdir):
+        path = epath.Path(workdir) / "config.json"
+        if not path.exists() and not os.path.islink(path):
+            raise UserError(f"{workdir}: no config.json here; is this a directory of train.py?")
+    values = _read_json(path)
+    if not isinstance(values.get("model"), dict):
+        raise damaged(path, "it holds no model")
+    return values
+
+
+def damaged(path: str | os.PathLike, why: str) -> UserError:
+    """What to say of a file of a run, or of a converted checkpoint, that cannot be used."""
+    return UserError(
+        f"{os.fspath(path)} is damaged ({why}); restore it from where the run was started, or "
+        "from a copy"
+    )
+
+
+def _read_texts(path: epath.Path, *names: str) -> dict:
+    """A table that must have texts under some names; {} if there is no such file."""
+    with _finding(path.parent):
+        if not path.exists() and not os.path.islink(path):
+            return {}
+    values = _read_json(path)
+    for name in names:
+        if not (isinstance(values.get(name), str) and values[name]):
+            raise damaged(path, f"it has no text {name!r}")
+    return values
 
 
 def _read_json(path: epath.Path) -> dict:
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise damaged(path, error.strerror or reason(error)) from None
+    except RecursionError:
+        raise damaged(path, "it is nested too deeply") from None
+    except ValueError as error:
+        raise damaged(path, printable(reason(error))) from None
+    if not isinstance(values, dict):
+        raise damaged(path, f"it holds {printable(json.dumps(values)[:40])} and no table")
+    return values
+
+
+@contextlib.contextmanager
+def _finding(directory: str | os.PathLike) -> Iterator[None]:
+    """Names a directory that cannot even be looked for."""
+    try:
+        yield
+    except OSError as error:
+        shown = printable(os.fspath(directory)[:80])
+        raise UserError(f"{shown}: {error.strerror or reason(error)}; correct the path") from None
+    except ImportError as error:  # of what opens this kind of bucket
+        shown = printable(os.fspath(directory)[:80])
+        raise UserError(
+            f"{shown} cannot be opened ({printable(reason(error))}); install that, or name a "
+            "directory of a mounted file system"
+        ) from None

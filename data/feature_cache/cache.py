@@ -160,7 +160,9 @@ def read_manifest(directory: str | os.PathLike) -> dict[str, Any] | None:
         version = manifest["format"]
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise DataError(f"{str(path)[:80]}: {error.strerror}; correct the path") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error}); prepare the features anew") from None
     if version != _FORMAT:
         raise DataError(f"{path}: format {version} is not {_FORMAT}; prepare the features anew")

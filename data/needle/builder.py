@@ -1,6 +1,7 @@
 """The needle task as a TFDS data set of encoded videos: array_record, without TensorFlow."""
 
 import concurrent.futures
+import errno
 import itertools
 import logging
 import multiprocessing
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from adacm2_jax.errors import DataError
+from adacm2_jax.errors import DataError, printable, reason
 from adacm2_jax.progress import Progress
 from data.needle.render import (
     FRAME_SIZE,
@@ -134,9 +135,12 @@ def build(
       shown: whether to show how far long work is.
 
     Raises:
-      DataError: for a length or a size that no data set can have.
+      DataError: for a length or a size that no data set can have, or a directory that cannot be
+        written to.
     """
     check_length(num_frames)
+    if not os.fspath(data_dir):
+        raise DataError("data.data_dir is empty; name a directory, such as runs/data")
     if not sizes or min(sizes.values()) < 1:
         raise DataError(f"data.needle: sizes are {sizes}; a split needs 1 or more videos")
     config = NeedleConfig(num_frames=num_frames, sizes=sizes, shown=shown)
@@ -154,6 +158,13 @@ def build(
         except FileExistsError:  # another process has meanwhile made the same
             if not os.path.isdir(builder.data_path):
                 raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise  # a full disk is told of elsewhere
+        raise DataError(
+            f"data.data_dir = {printable(os.fspath(data_dir)[:80])}: no data set can be written "
+            f"there ({printable(error.strerror or reason(error))}); name another directory"
+        ) from error
     finally:
         logger.setLevel(level)
     return pathlib.Path(builder.data_path)
