@@ -183,8 +183,16 @@ class OptimConfig:
     groups: tuple = (("(vision|llm)/.*", None), (".*", 1.0))
 
     def __post_init__(self):
-        from_zero = dict.fromkeys(("learning_rate", "weight_decay", "clip_norm", "b1", "b2"), 0)
-        check_numbers("optim", self, warmup_steps=0, **from_zero)
+        check_numbers(
+            "optim",
+            self,
+            warmup_steps=0,
+            learning_rate=0,
+            weight_decay=0,
+            clip_norm=0,
+            b1=0,
+            b2=0,
+        )
         for field in ("b1", "b2"):
             if getattr(self, field) >= 1:
                 raise UserError(f"optim.{field} = {getattr(self, field)} must be in [0, 1)")
@@ -354,7 +362,8 @@ def read(config: Any) -> Experiment:
     """
     values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     data = values.get("data")
-    sampling = data.get("sampling") if isinstance(data, dict) else None
+    data = data if isinstance(data, dict) else {}  # what is none is refused below
+    sampling = data.get("sampling")
     if isinstance(sampling, dict) and sampling.get("max_frames") == 0:
         none = sampling | {"max_frames": None}  # 0 stands for it: overrides need a number
         values = values | {"data": data | {"sampling": none}}
