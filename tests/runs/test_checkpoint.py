@@ -290,13 +290,13 @@ def test_no_checkpoint_and_no_such_step_are_named(run, tmp_path):
 
 
 def test_a_configuration_is_written_whole(tmp_path):
-    write_config(tmp_path, {"a": {"b": [1, None]}})
-    write_config(tmp_path, {"a": {"b": [2, None]}})
-    assert read_config(tmp_path) == {"a": {"b": [2, None]}}
+    write_config(tmp_path, {"model": {"b": [1, None]}})
+    write_config(tmp_path, {"model": {"b": [2, None]}})
+    assert read_config(tmp_path) == {"model": {"b": [2, None]}}
     assert os.listdir(tmp_path) == ["config.json"]
     with pytest.raises(TypeError):
         write_json(tmp_path / "config.json", {"a": object()})
-    assert json.loads((tmp_path / "config.json").read_text()) == {"a": {"b": [2, None]}}
+    assert json.loads((tmp_path / "config.json").read_text()) == {"model": {"b": [2, None]}}
     (tmp_path / "config.json").write_text('{"a": ')
     with pytest.raises(UserError, match=r"config\.json is damaged"):
         read_config(tmp_path)

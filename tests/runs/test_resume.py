@@ -81,7 +81,7 @@ def test_a_finished_run_is_extended_to_more_steps(small_run, data_dir, tmp_path,
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optim.learning_rate=-1", "optim.learning_rate = -1.0 must be a number from 0 on"),
+        ("optim.learning_rate=-1", "optim.learning_rate = -1.0 must be at least 0"),
         ("optim.learning_rate=nan", "optim.learning_rate = nan must be"),
         ("optim.clip_norm=-0.5", "optim.clip_norm = -0.5 must be"),
         ("optim.b2=1", "optim.b2 = 1.0 must be in [0, 1)"),
