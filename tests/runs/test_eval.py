@@ -113,7 +113,11 @@ def test_the_batch_changes_no_answer(run, tmp_path):
         for one, other in zip(answers[1], answers[size], strict=True):
             # Other shapes sum in another order: a few roundings of a log-probability near 5.
             assert one["score"] == pytest.approx(other["score"], abs=1e-5)
-            assert one | {"score": 0} == other | {"score": 0}
+            for mine, its in zip(one["moments"], other["moments"], strict=True):
+                assert mine["score"] == pytest.approx(its["score"], abs=1e-5)
+                assert mine | {"score": 0} == its | {"score": 0}
+            given = {"score": 0, "moments": 0}
+            assert one | given == other | given
 
 
 def test_who_shares_a_batch_changes_no_bit(run, tmp_path):
@@ -304,7 +308,7 @@ def test_a_truncated_video_says_how_far_it_got_and_can_be_used(small_run, tmp_pa
     line = error_line(capsys)
     assert "cut.mkv" in line and "of 20.0 s" in line and "nothing was answered" in line
     assert "--config.data.on_truncated=use" in line
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "predictions.jsonl").exists()
     assert run_script("eval.py", *command, "--config.data.on_truncated=use") == 0
     text = capsys.readouterr().err
     assert "warning: " in text and "cut.mkv" in text and "are used" in text
