@@ -225,23 +225,29 @@ class Session:
         if not self.seen:
             raise UserError("the session has seen no frame yet; push some before you ask")
         if question is None:
-            return [self._known_reply(number, moments) for number in range(len(self.questions))]
+            return self._known_replies(range(len(self.questions)), moments)
         check_text(check_kind(question, str, "question", "a text"), "a question")
         if question in self.questions:
-            return self._known_reply(self.questions.index(question), moments)
+            return self._known_replies([self.questions.index(question)], moments)[0]
         asked = self._encode([question])
         queries = session_steps.ask_late(self._models, self._model.params, self.state, asked)
         return self._reply(question, asked, queries, self.state.open, 0, "open", moments)
 
-    def _known_reply(self, number: int, moments: int) -> Reply:
+    def _known_replies(self, numbers: Sequence[int], moments: int) -> list[Reply]:
+        """Of known questions by their numbers; all read the newest frame together."""
         state, known = self.state.known, self._known
-        assert state is not None and known is not None
+        if state is None or known is None:
+            return []
         queries = session_steps.ask_known(self._models, self._model.params, self.state, known)
-        row = slice(number, number + 1)
-        asked = jax.tree.map(lambda leaf: leaf[row], known)
-        policy = self._model.config.memory.policy
-        question = self.questions[number]
-        return self._reply(question, asked, queries[row], state, number, policy, moments)
+        policy, replies = self._model.config.memory.policy, []
+        for number in numbers:
+            row = slice(number, number + 1)
+            asked = jax.tree.map(lambda leaf, row=row: leaf[row], known)
+            question = self.questions[number]
+            replies.append(
+                self._reply(question, asked, queries[row], state, number, policy, moments)
+            )
+        return replies
 
     def _reply(
         self,
