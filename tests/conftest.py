@@ -46,6 +46,21 @@ def compiled_once(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+#: Of the 65,530 pieces of memory that Linux maps for a process by default; a compiled program takes
+#: about six.
+MANY_PIECES = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs():
+    """A process that compiles thousands of programs is let go of them in time: XLA ends it with no
+    word when it gets no more memory for them."""
+    yield
+    if "jax" in sys.modules and len(Path("/proc/self/maps").read_bytes().splitlines()) > MANY_PIECES:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
+
+
 @pytest.fixture
 def abandoned_reads(monkeypatch):
     """For tests that read a damaged checkpoint: Orbax leaves the reads beside the failed one
