@@ -56,7 +56,10 @@ def room_for_programs():
     """A process that compiles thousands of programs is let go of them in time: XLA ends it with no
     word when it gets no more memory for them."""
     yield
-    if "jax" in sys.modules and len(Path("/proc/self/maps").read_bytes().splitlines()) > MANY_PIECES:
+    if (
+        "jax" in sys.modules
+        and len(Path("/proc/self/maps").read_bytes().splitlines()) > MANY_PIECES
+    ):
         sys.modules["jax"].clear_caches()
         gc.collect()
 

@@ -14,6 +14,7 @@ EPILOG = """examples:
   adacm2 ask clip.mp4 --model runs/quickstart/main --question "which digit was on the red ground?"
   adacm2 caption clip.mp4 --model weights
   adacm2 choose clip.mp4 --model weights --question "what happens?" --label cooking --label driving
+  adacm2 serve --model runs/quickstart/main --port 8000
   adacm2 port import --src instructblip-vicuna-7b --dst weights
   adacm2 plan --config configs/lvu.py --topology v5e:4x4
 
@@ -66,6 +67,17 @@ def parser() -> argparse.ArgumentParser:
         help="give at least two, each within the model's max_answer_len tokens",
     )
     choose.add_argument("--question", help=f"that the labels answer {asked}")
+    from adacm2_jax.commands import serve
+
+    server = commands.add_parser(
+        "serve",
+        help="answer over HTTP: OpenAI's chat completions, and sessions",
+        description="Answers questions about videos over HTTP: OpenAI's chat completions, and "
+        "sessions, which are streams that may be asked at any moment. docs/serving.md.",
+        allow_abbrev=False,
+    )
+    serve.add_flags(server)
+    server.set_defaults(error=server.error)
     for made in (ask, caption):
         made.add_argument("--output", metavar="DIR", help="also write predictions.jsonl there")
     for name, text in ELSEWHERE.items():
@@ -130,6 +142,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         for word in words:
             check_text(word, "an argument")
         _check_given(args)
+        if args.command == "serve":
+            from adacm2_jax.commands import serve
+
+            return serve.serve(args)
         from adacm2_jax.commands import ask
 
         return {"ask": ask.ask, "caption": ask.caption, "choose": ask.choose}[args.command](args)

@@ -248,7 +248,7 @@ def _choose_token(
 ) -> DecodeState:
     """One greedy or sampled token for every row; logits float32[B, vocabulary]."""
     step, running = state.step, state.running
-    scores = _penalised(logits, running.ids[:, 0], step, config)
+    scores = penalised(logits, running.ids[:, 0], step, config)
     if keys is None:
         token = jnp.argmax(scores, axis=-1)
     else:
@@ -287,7 +287,7 @@ def _choose_beams(state: DecodeState, logits: jax.Array, config: GenerationConfi
     batch, beams, _ = running.ids.shape
     vocabulary = logits.shape[-1]
     scores = jax.nn.log_softmax(logits)
-    scores = _penalised(scores, running.ids.reshape(batch * beams, -1), step, config)
+    scores = penalised(scores, running.ids.reshape(batch * beams, -1), step, config)
     scores = scores.reshape(batch, beams, vocabulary) + running.scores[..., None]
 
     # Of these at most eos_ids · K can have ended, so K open ones are always among them.
@@ -320,13 +320,13 @@ def _choose_beams(state: DecodeState, logits: jax.Array, config: GenerationConfi
     )
 
 
-def nucleus(logits: jax.Array, top_p: float) -> jax.Array:
+def nucleus(logits: jax.Array, top_p: Any) -> jax.Array:
     """Sets all but the fewest most probable tokens that together reach ``top_p`` to −inf.
 
     A token stays if the more probable ones together have less than ``top_p``; of equally probable
     ones the lower id counts as the more probable. float32[B, vocabulary] → the same.
     """
-    if top_p == 1:
+    if not isinstance(top_p, jax.Array) and top_p == 1:
         return logits
     order = jnp.argsort(logits, axis=-1, descending=True)
     mass = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1)), axis=-1)
@@ -336,10 +336,17 @@ def nucleus(logits: jax.Array, top_p: float) -> jax.Array:
     )
 
 
-def _penalised(
+def penalised(
     scores: jax.Array, ids: jax.Array, step: jax.Array, config: GenerationConfig
 ) -> jax.Array:
-    """Repetition penalty, then the ban on early end tokens; scores [R, vocabulary], ids [R, T]."""
+    """Repetition penalty, then the ban on early end tokens.
+
+    Args:
+      scores: float32[R, vocabulary] of the next token.
+      ids: int32[R, T], whose first ``step`` are written.
+      step: int32.
+      config: how to decode.
+    """
     rows, vocabulary = scores.shape
     if config.repetition_penalty != 1:
         written = jnp.arange(ids.shape[1]) < step

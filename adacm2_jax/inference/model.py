@@ -38,6 +38,9 @@ class VideoModel:
       resize: how frames are made square.
       on_truncated: of a file that is cut short: ``error`` or ``use``.
       sessions: called for what all sessions share when the first one begins.
+
+    Attributes:
+      sessions: gives what all sessions of this model share; its parameters are read then.
     """
 
     def __init__(
@@ -56,7 +59,7 @@ class VideoModel:
         self._size, self._chunk = size, chunk
         self._resize, self._on_truncated = resize, on_truncated
         self._answerers: dict[int, Answerer] = {}
-        self._sessions = functools.cache(sessions)
+        self.sessions = functools.cache(sessions)
 
     def ask(
         self,
@@ -191,7 +194,7 @@ class VideoModel:
         check_kind(open_tokens, numbers.Integral, "open_tokens", "a whole number")
         if open_tokens < 0:
             raise UserError(f"open_tokens is {open_tokens}; give a whole number from 1 on")
-        shared = self._sessions()
+        shared = self.sessions()
         tokens = open_tokens or 2 * shared.config.vision.tokens_per_frame
         return Session(shared, several, float(seconds_per_frame), open_memory(int(tokens)))
 
@@ -201,7 +204,7 @@ class VideoModel:
         Raises:
           UserError: for a file that is none or damaged, and for one of another model.
         """
-        return resume(self._sessions(), path)
+        return resume(self.sessions(), path)
 
     @contextlib.contextmanager
     def _reading(

@@ -6,9 +6,7 @@ value, and a :class:`SessionModel` what all sessions of a model share.
 
 import concurrent.futures
 import dataclasses
-import json
 import os
-import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,9 +15,8 @@ import jax
 import numpy as np
 
 from adacm2_jax.config import AdaCM2Config, MemoryConfig, from_dict, to_dict
-from adacm2_jax.errors import DataError, UserError, check_kind, check_text, printable, reason
-from adacm2_jax.files import check_writable, write_bytes
-from adacm2_jax.inference import evidence, session_steps, steps
+from adacm2_jax.errors import DataError, UserError, check_kind, check_text
+from adacm2_jax.inference import evidence, session_file, session_steps, steps
 from adacm2_jax.inference.answerer import Answer
 from adacm2_jax.inference.generate import GenerationConfig
 from adacm2_jax.inference.processor import Processor
@@ -29,9 +26,6 @@ from adacm2_jax.memory.policies import plan_for
 from adacm2_jax.models.adacm2 import AdaCM2, Question, StreamState
 from adacm2_jax.video.sampling import Sampling
 from adacm2_jax.video.stream import VideoFile, lock_step, open_video
-
-#: Of the file's own form, in every saved session.
-_VERSION = 1
 
 
 def open_memory(tokens: int) -> MemoryConfig:
@@ -72,6 +66,29 @@ class SessionModel:
         return SessionModels(AdaCM2(self.config), AdaCM2(opened))
 
 
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """What a session has to say to a question; the stream may go on meanwhile.
+
+    Attributes:
+      question: as it was asked.
+      asked: the same as a row of tokens.
+      queries: [1, N, E], after the newest frame.
+      policy: of the memory that was read; ``open`` for a late question.
+      frames: that had been seen.
+      state: that holds the memory.
+      row: which of its rows.
+    """
+
+    question: str
+    asked: Question
+    queries: jax.Array
+    policy: str
+    frames: int
+    state: StreamState
+    row: int
+
+
 class Session:
     """A stream of frames, asked about at any moment; made by ``VideoModel.session``.
 
@@ -81,6 +98,7 @@ class Session:
       questions: that are known: each has a memory of its own.
       seconds_per_frame: between two frames.
       state: all that is known of the frames so far.
+      model: what it shares with others.
     """
 
     def __init__(
@@ -92,7 +110,7 @@ class Session:
         state: SessionState | None = None,
     ):
         self.questions, self.seconds_per_frame = tuple(questions), seconds_per_frame
-        self._model, self._memory = model, memory
+        self.model, self._memory = model, memory
         self._models = model.models(memory)
         self._known = self._encode(self.questions) if self.questions else None
         self._generic = self._encode([""])
@@ -120,12 +138,18 @@ class Session:
     @property
     def bound(self) -> int:
         """What ``kept`` never exceeds."""
-        config, each = self._model.config, 0
+        config, each = self.model.config, 0
         if self.questions and config.memory.policy == "merge":
             each = config.memory.bank_frames * config.vision.tokens_per_frame
         elif self.questions:
             each = plan_for(config).capacity
         return each * len(self.questions) + plan_for(self._models.open.config).capacity
+
+    @property
+    def shape(self) -> tuple:
+        """What sessions that are pushed together have in common."""
+        width = 0 if self._known is None else self._known.qformer_ids.shape[1]
+        return len(self.questions), width, self._models
 
     # --- Frames in -----------------------------------------------------------------------------
 
@@ -171,38 +195,27 @@ class Session:
             )
         if not all(frames.shape[1:3]):
             raise UserError(f"frames are {list(frames.shape)}, without a pixel; give pictures")
-        shrink, size = RESIZES[self._model.resize], self._model.config.vision.image_size
-        chunk = self._model.chunk
-        for first in range(0, len(frames), chunk):
-            part = frames[first : first + chunk]
-            pictures = np.zeros((chunk, size, size, 3), np.uint8)
-            for place, picture in enumerate(part):
-                pictures[place] = shrink(picture, size)
-            self._advance(pictures[None], (np.arange(chunk) < len(part))[None])
+        shrink, size = RESIZES[self.model.resize], self.model.config.vision.image_size
+        for first in range(0, len(frames), self.model.chunk):
+            part = frames[first : first + self.model.chunk]
+            push_together([self], [np.stack([shrink(picture, size) for picture in part])])
 
     def _push_file(self, path: str, start: float | None, end: float | None) -> None:
-        size, chunk = self._model.config.vision.image_size, self._model.chunk
+        size, chunk = self.model.config.vision.image_size, self.model.chunk
         row = open_video(
             VideoFile(check_text(path, "a path"), start, end),
             size=size,
             chunk=chunk,
             sampling=Sampling("fps", fps=1 / self.seconds_per_frame),
-            resize=self._model.resize,
-            on_truncated=self._model.on_truncated,
+            resize=self.model.resize,
+            on_truncated=self.model.on_truncated,
             on_warning=lambda line: print(f"warning: {line}", file=sys.stderr),
         )
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             for frames, valid in lock_step([row], pool, 1, chunk, size):
-                self._advance(frames, valid)
+                push_together([self], [frames[0][valid[0]]])
         if row.error:
             raise DataError(row.error)
-
-    def _advance(self, frames: np.ndarray, valid: np.ndarray) -> None:
-        params = self._model.params
-        features = steps.encode(self._models.open, params, frames)
-        self.state = session_steps.push(
-            self._models, params, self.state, features, valid, self._known, self._generic
-        )
 
     # --- Questions -----------------------------------------------------------------------------
 
@@ -222,74 +235,85 @@ class Session:
         Raises:
           UserError: for a question that is too long, or if there has been no frame.
         """
-        if not self.seen:
-            raise UserError("the session has seen no frame yet; push some before you ask")
         if question is None:
-            return self._known_replies(range(len(self.questions)), moments)
+            return [self._reply(look, moments) for look in self._look_known(self.questions)]
+        return self._reply(self.look(question), moments)
+
+    def look(self, question: str) -> Look:
+        """What an answer is to be written from.
+
+        Raises:
+          UserError: as :meth:`ask`.
+        """
         check_text(check_kind(question, str, "question", "a text"), "a question")
         if question in self.questions:
-            return self._known_replies([self.questions.index(question)], moments)[0]
+            return self._look_known([question])[0]
         asked = self._encode([question])
-        queries = session_steps.ask_late(self._models, self._model.params, self.state, asked)
-        return self._reply(question, asked, queries, self.state.open, 0, "open", moments)
+        frames = self._seen_some()
+        queries = session_steps.ask_late(self._models, self.model.params, self.state, asked)
+        return Look(question, asked, queries, "open", frames, self.state.open, 0)
 
-    def _known_replies(self, numbers: Sequence[int], moments: int) -> list[Reply]:
-        """Of known questions by their numbers; all read the newest frame together."""
+    def _look_known(self, questions: Sequence[str]) -> list[Look]:
+        """All that are known read the newest frame together."""
+        frames = self._seen_some()
         state, known = self.state.known, self._known
         if state is None or known is None:
             return []
-        queries = session_steps.ask_known(self._models, self._model.params, self.state, known)
-        policy, replies = self._model.config.memory.policy, []
-        for number in numbers:
-            row = slice(number, number + 1)
-            asked = jax.tree.map(lambda leaf, row=row: leaf[row], known)
-            question = self.questions[number]
-            replies.append(
-                self._reply(question, asked, queries[row], state, number, policy, moments)
-            )
-        return replies
+        queries = session_steps.ask_known(self._models, self.model.params, self.state, known)
+        policy, looks = self.model.config.memory.policy, []
+        for number, question in enumerate(self.questions):
+            if question in questions:
+                row = slice(number, number + 1)
+                asked = jax.tree.map(lambda leaf, row=row: leaf[row], known)
+                looks.append(Look(question, asked, queries[row], policy, frames, state, number))
+        return looks
 
-    def _reply(
-        self,
-        question: str,
-        asked: Question,
-        queries: jax.Array,
-        state: StreamState,
-        row: int,
-        policy: str,
-        moments: int,
-    ) -> Reply:
-        model = self._model
+    def _seen_some(self) -> int:
+        if not (seen := self.seen):
+            raise UserError("the session has seen no frame yet; push some before you ask")
+        return seen
+
+    def _reply(self, look: Look, moments: int) -> Reply:
+        model = self.model
         options = dataclasses.replace(
             model.generation, eos_ids=(model.processor.eos_id,), pad_id=model.processor.pad_id
         )
         found = steps.answer(
             steps.any_policy(model.config),
             model.params,
-            queries,
-            asked,
+            look.queries,
+            look.asked,
             options,
             jax.random.key(0),
             np.zeros(1, np.int32),
         )
-        best = tuple(
+        best = [
             Answer(model.processor.decode(ids), float(score))
             for ids, score in zip(
                 np.asarray(found.ids)[0], np.asarray(found.scores)[0], strict=True
             )
-        )
-        (kept,) = evidence.remembered(state, np.array([row]))
-        total = self.seen * model.config.vision.tokens_per_frame
+        ]
+        return self.reply(look, best, moments)
+
+    def reply(self, look: Look, answers: Sequence[Answer], moments: int = 5) -> Reply:
+        """Answers with their evidence.
+
+        Args:
+          look: that they were written from.
+          answers: best first.
+          moments: how many of the remembered frames are named.
+        """
+        (kept,) = evidence.remembered(look.state, np.array([look.row]))
         return Reply(
             video="",
-            question=question,
-            answer=best[0].text,
-            score=best[0].score,
-            n_best=best,
-            policy=policy,
-            frames=self.seen,
+            question=look.question,
+            answer=answers[0].text,
+            score=answers[0].score,
+            n_best=tuple(answers),
+            policy=look.policy,
+            frames=look.frames,
             kept_tokens=kept.kept_tokens,
-            total_tokens=total,
+            total_tokens=look.frames * self.model.config.vision.tokens_per_frame,
             moments=tuple(
                 Moment(each.frame * self.seconds_per_frame, each.tokens, each.score)
                 for each in kept.frames[:moments]
@@ -297,15 +321,15 @@ class Session:
         )
 
     def _encode(self, questions: Sequence[str]) -> Question:
-        prompts = [self._model.ask_as(question) if question else "" for question in questions]
-        return self._model.processor.questions(prompts, self._model.processor.width(prompts))
+        prompts = [self.model.ask_as(question) if question else "" for question in questions]
+        return self.model.processor.questions(prompts, self.model.processor.width(prompts))
 
     # --- Copies --------------------------------------------------------------------------------
 
     def fork(self) -> "Session":
         """Another session with the same past and a future of its own."""
         state = jax.tree.map(lambda leaf: leaf.copy(), self.state)
-        return Session(self._model, self.questions, self.seconds_per_frame, self._memory, state)
+        return Session(self.model, self.questions, self.seconds_per_frame, self._memory, state)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the session to one file (safetensors), which gets its name when it is complete.
@@ -313,20 +337,16 @@ class Session:
         Raises:
           UserError: if it cannot be written.
         """
-        from safetensors.flax import save
-
-        path = pathlib.Path(path)
-        check_writable(path.parent, f"the session goes to {path}")
         about = {
-            "version": _VERSION,
-            "model": self._model.fingerprint(),
+            "model": self.model.fingerprint(),
             "questions": self.questions,
             "seconds_per_frame": self.seconds_per_frame,
-            "known": to_dict(self._model.config.memory),
+            "seen": self.seen,
+            "kept": self.kept,
+            "known": to_dict(self.model.config.memory),
             "open": to_dict(self._memory),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, save(_named(self.state), {"adacm2": json.dumps(about)}))
+        session_file.write(path, about, self.state)
 
 
 def resume(model: SessionModel, path: str | os.PathLike) -> Session:
@@ -339,7 +359,7 @@ def resume(model: SessionModel, path: str | os.PathLike) -> Session:
     Raises:
       UserError: for a file that is none or damaged, and for one of another model.
     """
-    about, leaves = _read(pathlib.Path(path))
+    about, leaves = session_file.read(path)
     if about["model"] != model.fingerprint():
         raise UserError(
             f"the session {path} is of another model (fingerprint {about['model'][:12]}, not "
@@ -348,39 +368,52 @@ def resume(model: SessionModel, path: str | os.PathLike) -> Session:
     known, opened = (from_dict(about[name], MemoryConfig) for name in ("known", "open"))
     model = dataclasses.replace(model, config=dataclasses.replace(model.config, memory=known))
     session = Session(model, about["questions"], about["seconds_per_frame"], opened)
-    expected = _named(session.state)
-    shapes = {name: (leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
-    if shapes != {name: (leaf.shape, leaf.dtype) for name, leaf in expected.items()}:
-        raise UserError(f"the session {path} is damaged: its arrays are not those of a session")
-    session.state = jax.tree.unflatten(
-        jax.tree.structure(session.state), [leaves[name] for name in expected]
-    )
+    session.state = session_file.with_leaves(session.state, leaves, path)
     return session
 
 
-def _read(path: pathlib.Path) -> tuple[dict, dict[str, jax.Array]]:
-    from safetensors import SafetensorError, safe_open
+def push_together(sessions: Sequence[Session], frames: Sequence[np.ndarray], rows: int = 1) -> None:
+    """One chunk of frames of each of several sessions, in one pass of the memories.
 
-    if not path.is_file():
-        raise UserError(f"there is no session at {path}; give a file that Session.save wrote")
-    try:
-        with safe_open(path, framework="flax") as file:
-            about = json.loads((file.metadata() or {})["adacm2"])
-            leaves = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise UserError(
-            f"{path} is no session, or damaged ({printable(reason(error))}); give a file that "
-            "Session.save wrote"
-        ) from error
-    if about.get("version") != _VERSION:
-        raise UserError(
-            f"the session {path} has form {about.get('version')}, this version reads {_VERSION}; "
-            "resume it with the version that saved it"
+    The ViT reads each session's frames by themselves; the memories, whose steps are many and small,
+    stand side by side as rows. There are always as many rows: one program serves any number of
+    sessions, and what a session comes to know does not depend on those beside it.
+
+    Args:
+      sessions: of one model, with the same :attr:`Session.shape`.
+      frames: of each uint8[n, size, size, 3], n from 1 to the model's ``chunk``.
+      rows: at least as many as there are sessions.
+    """
+    first = sessions[0]
+    model, models = first.model, first._models
+    places = 1 if all(len(each) == 1 for each in frames) else model.chunk
+    valid = np.zeros((rows, places), bool)
+    features, states = [], [session.state for session in sessions]
+    for row, pictures in enumerate(frames):
+        padded = np.zeros((1, places, *pictures.shape[1:]), np.uint8)
+        padded[0, : len(pictures)] = pictures
+        valid[row, : len(pictures)] = True
+        features.append(steps.encode(models.open, model.params, padded))
+    known = [session._known for session in sessions]
+    empty = rows - len(sessions)
+    if rows == 1:
+        only = known[0]
+        first.state = session_steps.push(
+            models, model.params, states[0], features[0], valid, only, first._generic
         )
-    return about, leaves
-
-
-def _named(state: SessionState) -> dict[str, jax.Array]:
-    """The leaves of a state by name, in its order."""
-    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+        return
+    if empty:
+        states += [session_steps.begin(models, 1, len(first.questions))] * empty
+        features += [features[0]] * empty
+        known += [known[0]] * empty
+    after = session_steps.push_rows(
+        models,
+        model.params,
+        tuple(states),
+        tuple(features),
+        valid,
+        None if known[0] is None else tuple(known),
+        first._generic,
+    )
+    for session, state in zip(sessions, after, strict=False):
+        session.state = state

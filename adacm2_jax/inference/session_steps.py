@@ -119,6 +119,43 @@ def push(
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def push_rows(
+    models: SessionModels,
+    params: dict,
+    states: tuple[SessionState, ...],
+    features: tuple[jax.Array, ...],
+    valid: jax.Array,
+    known: tuple[Question, ...] | None,
+    generic: Question,
+) -> list[SessionState]:
+    """:func:`push` for sessions that are states of their own, as the rows of one pass.
+
+    Args:
+      models, params: of the sessions.
+      states: of V sessions, each of one row; they are not donated.
+      features: of each [1, F, P, width].
+      valid: bool[V, F].
+      known: of each, k rows, or None.
+      generic: of one row.
+
+    Returns:
+      The states after the chunk.
+    """
+    count = len(states)
+    join = functools.partial(jax.tree.map, lambda *leaves: jnp.concatenate(leaves))
+    after = push(
+        models,
+        params,
+        stack(states),
+        jnp.concatenate(features),
+        valid,
+        None if known is None else join(*known),
+        jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf), count, axis=0), generic),
+    )
+    return split(after)
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def ask_known(
     models: SessionModels, params: dict, state: SessionState, known: Question
 ) -> jax.Array:

@@ -16,6 +16,9 @@ _EXTRAS = {
         ("av", "PIL", "tokenizers", "transformers", "sentencepiece", "safetensors"), "video"
     ),
     **dict.fromkeys(("torch",), "port"),
+    **dict.fromkeys(
+        ("fastapi", "multipart", "prometheus_client", "pydantic", "starlette", "uvicorn"), "serve"
+    ),
     **dict.fromkeys(("grain", "ml_collections", "array_record", "tensorflow_datasets"), "run"),
     **dict.fromkeys(("matplotlib", "sklearn", "absl", "ml_dtypes"), "run"),
 }

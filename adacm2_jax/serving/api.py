@@ -1,0 +1,448 @@
+"""The server's routes. Each handler names what is to be done; ``calls.py`` does it in a thread."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import fastapi
+import pydantic
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from adacm2_jax import __version__
+from adacm2_jax.errors import DataError, UserError, printable
+from adacm2_jax.serving import chat
+from adacm2_jax.serving.calls import Call, Service, check_question
+from adacm2_jax.serving.decoders import Media
+from adacm2_jax.serving.engine import CancelledError, Said, Wish
+from adacm2_jax.serving.gate import error_body
+from adacm2_jax.serving.limits import BusyError, LargeError, MissingError
+from adacm2_jax.serving.media import Media as Files
+from adacm2_jax.serving.media import Upload
+from adacm2_jax.serving.metrics import Metrics
+from adacm2_jax.serving.schemas import AskRequest, ChatRequest, FramesRequest, SessionRequest
+
+_log = logging.getLogger(__name__)
+_STATUS = ((BusyError, 429), (MissingError, 404), (LargeError, 413), (DataError, 422))
+_PICTURE_TYPES = ("image/jpeg", "image/png", "image/webp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Server:
+    """What the routes need.
+
+    Attributes:
+      name: of the model.
+      created: seconds since 1970.
+      service: that computes.
+      files: that requests bring.
+      metrics: of the server.
+      threads: in which requests wait.
+    """
+
+    name: str
+    created: int
+    service: Service
+    files: Files
+    metrics: Metrics
+    threads: concurrent.futures.ThreadPoolExecutor
+
+    async def run(self, call: Call, work: Callable[..., Any], *args: Any) -> Any:
+        """Does it in a thread; if the caller goes away, it ends soon."""
+        try:
+            return await self._thread(work, call, *args)
+        except asyncio.CancelledError:
+            call.leave()
+            raise
+
+    async def run_while_connected(
+        self, request: fastapi.Request, work: Callable[..., Any], *args: Any
+    ) -> Any:
+        """As :meth:`run`, and looks whether the caller is still there."""
+        call = Call()
+        task = asyncio.ensure_future(self.run(call, work, *args))
+        watcher = asyncio.ensure_future(_gone(request))
+        try:
+            await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                call.leave()
+            return await task
+        finally:
+            watcher.cancel()
+
+    def _thread(self, work: Callable[..., Any], *args: Any) -> Any:
+        loop = asyncio.get_running_loop()
+        return loop.run_in_executor(self.threads, functools.partial(work, *args))
+
+
+def build(server: Server) -> fastapi.FastAPI:
+    """The application, without the gate before it."""
+    app = fastapi.FastAPI(
+        title="adacm2",
+        version=__version__,
+        description="Questions about long videos, with a visual memory of constant size.",
+    )
+    app.state.server = server
+    app.include_router(_openai(server))
+    app.include_router(_sessions(server))
+    _errors(app)
+
+    @app.get("/health")
+    async def health() -> Response:
+        """200 while the server can answer, else 503."""
+        alive = server.service.engine.alive
+        return JSONResponse({"status": "ok" if alive else "stopped"}, 200 if alive else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Counters, in Prometheus's format."""
+        content, kind = server.metrics.text()
+        return Response(content, media_type=kind)
+
+    return app
+
+
+def _openai(server: Server) -> fastapi.APIRouter:
+    """Routes that OpenAI's clients call."""
+    router = fastapi.APIRouter(prefix="/v1", tags=["openai"])
+    service, files = server.service, server.files
+
+    def described() -> dict[str, Any]:
+        return {
+            "id": server.name,
+            "object": "model",
+            "created": server.created,
+            "owned_by": "adacm2",
+        }
+
+    @router.get("/models")
+    async def models() -> Any:
+        """The one model."""
+        return {"object": "list", "data": [described()]}
+
+    @router.get("/models/{name:path}")
+    async def model(name: str) -> Any:
+        """The model, if it is called so."""
+        _check_model(server, name)
+        return described()
+
+    @router.post("/chat/completions")
+    async def completions(body: ChatRequest, request: fastapi.Request) -> Any:
+        """Answers a question about a video, pictures, or what a session has seen."""
+        _check_model(server, body.model)
+        work = functools.partial(_chat, server, body)
+        if not body.stream:
+            said = await server.run_while_connected(request, work, lambda _: None)
+            return chat.completion(said, server.name, body.session)
+        usage = body.stream_options is not None and body.stream_options.include_usage
+        return await _streamed(server, work, chat.Pieces(server.name, body.session, usage))
+
+    @router.post("/files")
+    async def upload(request: fastapi.Request) -> Any:
+        """Keeps a file for later requests: multipart, fields ``file`` and ``purpose``."""
+        async with request.form(max_files=1, max_fields=8) as form:
+            file = form.get("file")
+            if file is None or isinstance(file, str):
+                raise UserError("the form has no file in its field file; send one")
+            size = 0
+            with files.new_file() as path:
+                with path.open("wb") as target:
+                    while piece := await file.read(1 << 20):
+                        await asyncio.to_thread(target.write, piece)
+                        size += len(piece)
+                if not size:
+                    raise UserError("the file is empty; send its bytes")
+                files.reserve(size)
+                return _file(files.keep(path, file.filename or "", size))
+
+    @router.get("/files")
+    async def uploads() -> Any:
+        """Files that are kept."""
+        return {"object": "list", "data": [_file(each) for each in files.uploads()]}
+
+    @router.get("/files/{name}")
+    async def one_upload(name: str) -> Any:
+        """One of them."""
+        return _file(files.upload(name))
+
+    @router.delete("/files/{name}")
+    async def delete_upload(name: str) -> Any:
+        """Forgets one."""
+        files.delete(name)
+        return {"id": name, "object": "file", "deleted": True}
+
+    del models, model, completions, upload, uploads, one_upload, delete_upload, service
+    return router
+
+
+def _sessions(server: Server) -> fastapi.APIRouter:
+    """Routes of sessions: streams that may be asked at any moment."""
+    router = fastapi.APIRouter(prefix="/v1/sessions", tags=["sessions"])
+    service = server.service
+
+    @router.post("")
+    async def open_session(body: SessionRequest) -> Any:
+        """Opens a session."""
+        if len(body.questions) > service.limits.questions:
+            raise UserError(
+                f"{len(body.questions)} questions are known, the limit is "
+                f"{service.limits.questions}; ask the others late"
+            )
+        for question in body.questions:
+            check_question(question)
+        if len(set(body.questions)) < len(body.questions):
+            raise UserError("one of the questions stands twice; give each once")
+
+        def act(table: Any, _: Any) -> Any:
+            return table.open(body.questions, body.seconds_per_frame, body.open_tokens).describe()
+
+        return await server.run(Call(), service.on_table, act)
+
+    @router.get("")
+    async def list_sessions() -> Any:
+        """All sessions, oldest first."""
+
+        def act(table: Any, _: Any) -> Any:
+            return {"object": "list", "data": [entry.describe() for entry in table.named()]}
+
+        return await server.run(Call(), service.on_table, act)
+
+    @router.get("/{name}")
+    async def show_session(name: str) -> Any:
+        """One session, as it is now."""
+
+        def act(table: Any, _: Any) -> Any:
+            return table.get(name).describe()
+
+        return await server.run(Call(), service.on_table, act)
+
+    @router.delete("/{name}")
+    async def close_session(name: str) -> Any:
+        """Forgets a session, also on disk."""
+
+        def act(table: Any, entry: Any) -> Any:
+            table.close(entry)
+            return {"id": name, "object": "session", "deleted": True}
+
+        return await server.run(Call(), service.on_session, name, act)
+
+    @router.post("/{name}/fork")
+    async def fork_session(name: str) -> Any:
+        """Another session with the same past."""
+
+        def act(table: Any, entry: Any) -> Any:
+            return table.fork(entry).describe()
+
+        return await server.run(Call(), service.on_session, name, act)
+
+    @router.post("/{name}/save")
+    async def save_session(name: str) -> Any:
+        """Writes the session to disk now."""
+
+        def act(table: Any, entry: Any) -> Any:
+            table.save(entry)
+            return entry.describe()
+
+        return await server.run(Call(), service.on_session, name, act)
+
+    @router.post("/{name}/frames")
+    async def push(
+        name: str, request: fastapi.Request, start: float | None = None, end: float | None = None
+    ) -> Any:
+        """Frames: addresses in JSON, or the bytes of one picture or video as the body.
+
+        The body's type says which: ``application/json``, ``image/…`` or ``video/…``.
+        """
+        with contextlib.ExitStack() as stack:
+            media = await _frames(server, name, request, stack, start, end)
+            seen = await server.run_while_connected(request, service.push, name, media)
+        return {"id": name, "object": "session.frames", "seen": seen}
+
+    @router.post("/{name}/ask")
+    async def ask(name: str, body: AskRequest, request: fastapi.Request) -> Any:
+        """Answers now, with what the answer rests on; the stream goes on."""
+        longest = service.engine.longest
+        wish = Wish(
+            question=body.question,
+            temperature=body.temperature,
+            top_p=body.top_p,
+            seed=body.seed % 2**31,
+            max_tokens=min(body.max_tokens or longest, longest),
+            moments=body.moments,
+        )
+        said = await server.run_while_connected(request, service.ask, name, wish, lambda _: None)
+        question, answer = said.reply.question, said.reply.answer
+        return {"question": question, "answer": answer} | chat.evidence(said, name)
+
+    del open_session, list_sessions, show_session, close_session, fork_session, save_session
+    del push, ask
+    return router
+
+
+# --- Pieces of handlers ------------------------------------------------------------------------
+
+
+def _chat(server: Server, body: ChatRequest, call: Call, on_text: Callable[[str], None]) -> Said:
+    """One conversation, from its media to the last token."""
+    service = server.service
+    with contextlib.ExitStack() as stack:
+        read = chat.read_chat(body, server.files, stack, service.engine.longest)
+        if body.session:
+            return service.ask(call, body.session, read.wish, on_text)
+        return service.answer(call, read.media, read.wish, 1 / body.fps, on_text)
+
+
+async def _streamed(server: Server, work: Callable[..., Said], pieces: chat.Pieces) -> Response:
+    """The answer as it is written. What fails before the first text is an error with its status."""
+    call, loop = Call(), asyncio.get_running_loop()
+    texts: asyncio.Queue = asyncio.Queue()
+
+    def on_text(text: str) -> None:
+        loop.call_soon_threadsafe(texts.put_nowait, text)
+
+    task = asyncio.ensure_future(server.run(call, work, on_text))
+    task.add_done_callback(lambda _: texts.put_nowait(None))
+    try:
+        first = await texts.get()
+        if first is None:
+            await task  # raises what went wrong; an empty answer goes on
+    except BaseException:
+        call.leave()
+        raise
+
+    async def events() -> AsyncIterator[str]:
+        try:
+            yield pieces.first()
+            text = first
+            while text is not None:
+                yield pieces.text(text)
+                text = await texts.get()
+            try:
+                yield pieces.last(await task)
+            except UserError as error:
+                yield chat.line(error_body(500, str(error)))
+        finally:
+            call.leave()
+
+    return StreamingResponse(events(), media_type="text/event-stream")
+
+
+async def _frames(
+    server: Server,
+    name: str,
+    request: fastapi.Request,
+    stack: contextlib.ExitStack,
+    start: float | None,
+    end: float | None,
+) -> Media:
+    """The media that a body brings or names."""
+
+    def spacing(table: Any, _: Any) -> float:
+        return table.get(name).seconds_per_frame
+
+    seconds = await server.run(Call(), server.service.on_table, spacing)
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind in _PICTURE_TYPES or kind.startswith("video/"):
+        path = stack.enter_context(server.files.new_file())
+        with path.open("wb") as target:
+            async for piece in request.stream():
+                await asyncio.to_thread(target.write, piece)
+        if kind in _PICTURE_TYPES:
+            return Media("pictures", (str(path),), "the picture")
+        return Media("video", (str(path),), "the video", 1 / seconds, start, end)
+    if kind != "application/json":
+        raise HTTPException(
+            415, "the body is of no type that is taken; send JSON, image/jpeg, …png, …webp, video/…"
+        )
+    try:
+        body = FramesRequest.model_validate_json(await request.body())
+    except pydantic.ValidationError as error:
+        raise RequestValidationError(error.errors()) from None
+    if (body.frames is None) == (body.video is None):
+        raise UserError("give frames (pictures) or video, one of both")
+    if body.video is not None:
+        named = await asyncio.to_thread(server.files.resolve, body.video, stack, "video")
+        return Media("video", (named,), "video", 1 / seconds, body.start, body.end)
+    assert body.frames is not None
+    if not body.frames:
+        raise UserError("frames are empty; send at least one")
+    if len(body.frames) > server.service.limits.frames:
+        raise LargeError(f"the request has more than {server.service.limits.frames:,} frames")
+
+    def resolve() -> tuple[str, ...]:
+        assert body.frames is not None
+        return tuple(
+            server.files.resolve(address, stack, f"frames[{number}]")
+            for number, address in enumerate(body.frames)
+        )
+
+    return Media("pictures", await asyncio.to_thread(resolve), "one of the frames")
+
+
+def _check_model(server: Server, name: str) -> None:
+    if name != server.name:
+        raise MissingError(f"the model {printable(name[:60])!r} is not here, but {server.name!r}")
+
+
+def _file(upload: Upload) -> dict[str, Any]:
+    return {
+        "id": upload.id,
+        "object": "file",
+        "bytes": upload.size,
+        "created_at": int(upload.created),
+        "filename": upload.name,
+        "purpose": "user_data",
+        "status": "processed",
+    }
+
+
+async def _gone(request: fastapi.Request) -> None:
+    """Returns when whoever sent the request has left."""
+    while not await request.is_disconnected():
+        await asyncio.sleep(0.5)
+
+
+def _errors(app: fastapi.FastAPI) -> None:
+    """Every error as OpenAI's API writes it."""
+
+    @app.exception_handler(UserError)
+    async def user(_: fastapi.Request, error: UserError) -> Response:
+        status = next((code for kind, code in _STATUS if isinstance(error, kind)), 400)
+        if isinstance(error, CancelledError):
+            status = 499
+        headers = {"retry-after": "1"} if status == 429 else None
+        return JSONResponse(error_body(status, str(error)), status, headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: fastapi.Request, error: RequestValidationError) -> Response:
+        return JSONResponse(error_body(400, _first_fault(error.errors())), 400)
+
+    @app.exception_handler(HTTPException)
+    async def http(_: fastapi.Request, error: HTTPException) -> Response:
+        body = error_body(error.status_code, str(error.detail))
+        return JSONResponse(body, error.status_code, error.headers)
+
+    @app.exception_handler(Exception)
+    async def fault(_: fastapi.Request, error: Exception) -> Response:
+        _log.error("a request failed", exc_info=error)
+        return JSONResponse(error_body(500, "the server failed; its log says why"), 500)
+
+    del user, invalid, http, fault
+
+
+def _first_fault(faults: Any) -> str:
+    first = faults[0]
+    place = ".".join(str(part) for part in first["loc"] if part != "body")
+    return printable(f"{place or 'the body'}: {first['msg']}"[:300])
+
+
+def created_now() -> int:
+    """Seconds since 1970."""
+    return int(time.time())

@@ -1,0 +1,115 @@
+"""What callers send, as JSON; the names of OpenAI's API where it has one for the thing."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Text = Annotated[str, Field(max_length=1 << 16)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _Lenient(BaseModel):
+    """Clients send fields that do not concern a model of videos."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class Address(_Lenient):
+    """``url``: a data address, ``file:///…`` or the id of an upload."""
+
+    url: str
+
+
+class File(_Lenient):
+    """A file, by its id or its bytes."""
+
+    file_id: str | None = None
+    file_data: str | None = None
+
+
+class Part(_Lenient):
+    """A piece of a message."""
+
+    type: Literal["text", "image_url", "video_url", "input_image", "input_video", "file"]
+    text: str | None = None
+    image_url: Address | str | None = None
+    video_url: Address | str | None = None
+    file: File | None = None
+
+
+class Message(_Lenient):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part] | None = None
+
+
+class StreamOptions(_Lenient):
+    """``include_usage``: a last piece counts the tokens."""
+
+    include_usage: bool = False
+
+
+class ChatRequest(_Lenient):
+    """``POST /v1/chat/completions``; ``session``, ``fps``, ``start`` and ``end`` are ours."""
+
+    model: Text
+    messages: Annotated[list[Message], Field(min_length=1)]
+    temperature: Annotated[Number, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=8)] | None = None
+    n: int | None = 1
+    logprobs: bool | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    session: Text | None = None
+    fps: Annotated[Number, Field(gt=0, le=1000)] = 1.0
+    start: Annotated[Number, Field(ge=0)] | None = None
+    end: Annotated[Number, Field(gt=0)] | None = None
+
+
+class SessionRequest(_Strict):
+    """``POST /v1/sessions``."""
+
+    questions: list[Text] = []
+    seconds_per_frame: Annotated[Number, Field(gt=0, le=1e9)] = 1.0
+    open_tokens: Annotated[int, Field(ge=0, le=1 << 20)] = 0
+
+
+class FramesRequest(_Strict):
+    """``POST /v1/sessions/{id}/frames``: pictures, or a video, by their addresses."""
+
+    frames: list[str] | None = None
+    video: str | None = None
+    start: Annotated[Number, Field(ge=0)] | None = None
+    end: Annotated[Number, Field(gt=0)] | None = None
+
+
+class AskRequest(_Strict):
+    """``POST /v1/sessions/{id}/ask``; without a question the first that is known."""
+
+    question: Text | None = None
+    temperature: Annotated[Number, Field(ge=0, le=100)] = 0.0
+    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    moments: Annotated[int, Field(ge=0, le=1000)] = 5
+
+
+def address_of(value: Address | str | None) -> str:
+    """The address in either of its two forms; "" if there is none."""
+    return value.url if isinstance(value, Address) else value or ""
+
+
+def dumped(value: Any) -> Any:
+    """A dataclass of ours as JSON takes it."""
+    import dataclasses
+
+    return dataclasses.asdict(value)

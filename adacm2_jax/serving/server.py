@@ -1,0 +1,177 @@
+"""Puts a server together, and runs it until it is told to stop."""
+
+import concurrent.futures
+import dataclasses
+import logging
+import os
+import pathlib
+import socket
+import sys
+from typing import Any
+
+from adacm2_jax.errors import UserError, printable
+from adacm2_jax.inference.session import SessionModel
+from adacm2_jax.serving import api
+from adacm2_jax.serving.calls import Service
+from adacm2_jax.serving.decoders import Decoders
+from adacm2_jax.serving.engine import Engine
+from adacm2_jax.serving.gate import Gate
+from adacm2_jax.serving.limits import Limits
+from adacm2_jax.serving.media import Media
+from adacm2_jax.serving.metrics import Metrics
+from adacm2_jax.serving.table import Table
+
+#: By which a server on this machine alone may be called.
+_HERE = ("127.0.0.1", "localhost", "[::1]")
+#: Seconds that requests which are being served get when the server is told to stop.
+_GRACE = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Where a server listens, and to whom.
+
+    Attributes:
+      host, port: to listen at; port 0 takes one that is free.
+      names: by which it may be called besides ``host``.
+      token: that callers must show; "" asks for none.
+      allowed: directories whose files may be named.
+      state: directory of saved sessions and uploads.
+      model_name: as callers know it.
+    """
+
+    host: str
+    port: int
+    names: tuple[str, ...]
+    token: str
+    allowed: tuple[str, ...]
+    state: pathlib.Path
+    model_name: str
+
+    def check(self) -> None:
+        """Refuses what would let anybody in.
+
+        Raises:
+          UserError: for a host that others reach, without a token.
+        """
+        if self.host not in _HERE and not self.token:
+            raise UserError(
+                f"--host {printable(self.host)} may be reached from other machines: set a token "
+                "in ADACM2_TOKEN or --token-file, or listen on 127.0.0.1"
+            )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound, before the model is read.
+
+    Raises:
+      UserError: if that cannot be.
+    """
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        bound = socket.socket(family, socket.SOCK_STREAM)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host.strip("[]"), port))
+    except (OSError, OverflowError) as error:
+        what = getattr(error, "strerror", None) or str(error)
+        raise UserError(
+            f"cannot listen at {printable(host)}:{port} ({what}); give others"
+        ) from None
+    return bound
+
+
+def make(model: SessionModel, options: Options, limits: Limits) -> tuple[Any, Engine, Decoders]:
+    """The application, and what is to be stopped after it. Compiles before it returns.
+
+    Raises:
+      UserError: for a directory or a model that cannot be used.
+    """
+    metrics = Metrics()
+    files = Media(options.state, options.allowed, limits)
+    engine = Engine(
+        model, limits, lambda: Table(model, limits, options.state / "sessions"), metrics.watch
+    )
+    engine.start()
+    decoders = Decoders(
+        limits,
+        model.config.vision.image_size,
+        model.chunk,
+        model.resize,
+        model.on_truncated,
+    )
+    _show(metrics, engine, files, limits)
+    server = api.Server(
+        name=options.model_name,
+        created=api.created_now(),
+        service=Service(engine, decoders, limits),
+        files=files,
+        metrics=metrics,
+        threads=concurrent.futures.ThreadPoolExecutor(limits.waiting, "request"),
+    )
+    hosts = () if options.host in ("0.0.0.0", "::") else (*_HERE, options.host)
+    app = Gate(
+        api.build(server),
+        token=options.token,
+        hosts=[*hosts, *options.names] if hosts or options.names else (),
+        limits=limits,
+        media=files,
+        metrics=metrics,
+    )
+    return app, engine, decoders
+
+
+def run(app: Any, engine: Engine, decoders: Decoders, bound: socket.socket) -> None:
+    """Serves until SIGTERM or Ctrl-C; then every session is saved."""
+    import uvicorn
+
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_GRACE,
+        lifespan="off",
+    )
+    bound.listen(128)  # from here on callers are kept waiting, not sent away
+    _announce(bound)
+    try:
+        uvicorn.Server(config).run(sockets=[bound])
+    finally:
+        decoders.close()
+        engine.stop()
+        print("stopped; sessions are saved", file=sys.stderr, flush=True)
+
+
+def _announce(bound: socket.socket) -> None:
+    """Says where it listens."""
+    host, port = bound.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    print(f"serving at http://{shown}:{port}/v1", flush=True)
+
+
+def _show(metrics: Metrics, engine: Engine, files: Media, limits: Limits) -> None:
+    """What is looked up when somebody looks."""
+    table = engine.table
+    for name, text, value in (
+        ("session_bytes", "Bytes of the sessions on the device", lambda: table.on_device),
+        ("session_bytes_most", "The most that it has been", lambda: table.most),
+        ("session_bytes_budget", "What it never exceeds", lambda: limits.session_bytes),
+        ("sessions", "Sessions that are open, on the device or on disk", lambda: len(table)),
+        ("sessions_put_away", "How often one went to disk", lambda: table.evicted),
+        ("sessions_resumed", "How often one came back", lambda: table.resumed),
+        ("waiting", "Requests that wait for the device", lambda: engine.waiting),
+        ("held_bytes", "Bytes of bodies and uploads", lambda: files.held),
+        ("resident_bytes", "Memory of the server's process", _resident),
+    ):
+        metrics.show(name, text, value)
+
+
+def _resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def quiet() -> None:
+    """Libraries that log every request as news are heard when something is wrong."""
+    for name in ("uvicorn", "uvicorn.error", "asyncio"):
+        logging.getLogger(name).setLevel(logging.WARNING)
