@@ -48,6 +48,8 @@ class SessionModel:
       resize: how frames are made square; see ``video/resize.py``.
       on_truncated: of a file that is cut short: ``error`` or ``use``.
       fingerprint: called for what tells the parameters from others'.
+      narrowest: tokens that questions are padded to at least, so that more of them are of one shape;
+        0 for the processor's own choice.
     """
 
     config: AdaCM2Config
@@ -59,6 +61,7 @@ class SessionModel:
     resize: str
     on_truncated: str
     fingerprint: Callable[[], str]
+    narrowest: int = 0
 
     def models(self, memory: MemoryConfig) -> SessionModels:
         """The networks with the memory of known questions, and with an open one."""
@@ -322,7 +325,8 @@ class Session:
 
     def _encode(self, questions: Sequence[str]) -> Question:
         prompts = [self.model.ask_as(question) if question else "" for question in questions]
-        return self.model.processor.questions(prompts, self.model.processor.width(prompts))
+        width = max(self.model.processor.width(prompts), self.model.narrowest)
+        return self.model.processor.questions(prompts, width)
 
     # --- Copies --------------------------------------------------------------------------------
 

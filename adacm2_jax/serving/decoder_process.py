@@ -55,13 +55,13 @@ def _serve(job: dict[str, Any], jobs: IO[bytes], answers: IO[bytes]) -> None:
     try:
         total, chunks = read(job)
         _send(answers, {"total": total})
-        for frames in chunks:
-            if jobs.readline() != b"\n":
-                os._exit(0)  # the server is gone
+        while jobs.readline() == b"\n":
+            frames = next(chunks, None)
+            if frames is None:
+                _send(answers, {"end": True})
+                return
             _send(answers, {"frames": len(frames)}, np.ascontiguousarray(frames).tobytes())
-        if jobs.readline() != b"\n":
-            os._exit(0)
-        _send(answers, {"end": True})
+        os._exit(0)  # the server is gone
     except UserError as error:
         _send(answers, {"error": str(error)})
     except MemoryError:

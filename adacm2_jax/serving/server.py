@@ -11,6 +11,7 @@ from typing import Any
 
 from adacm2_jax.errors import UserError, printable
 from adacm2_jax.inference.session import SessionModel
+from adacm2_jax.progress import compiling
 from adacm2_jax.serving import api
 from adacm2_jax.serving.calls import Service
 from adacm2_jax.serving.decoders import Decoders
@@ -23,6 +24,8 @@ from adacm2_jax.serving.table import Table
 
 #: By which a server on this machine alone may be called.
 _HERE = ("127.0.0.1", "localhost", "[::1]")
+#: Tokens that questions are padded to at least.
+_WIDTH = 32
 #: Seconds that requests which are being served get when the server is told to stop.
 _GRACE = 10
 
@@ -87,11 +90,14 @@ def make(model: SessionModel, options: Options, limits: Limits) -> tuple[Any, En
       UserError: for a directory or a model that cannot be used.
     """
     metrics = Metrics()
+    # Of one shape are all questions of usual length: one program reads them side by side.
+    model = dataclasses.replace(model, narrowest=min(_WIDTH, model.config.max_text_len))
     files = Media(options.state, options.allowed, limits)
     engine = Engine(
         model, limits, lambda: Table(model, limits, options.state / "sessions"), metrics.watch
     )
-    engine.start()
+    with compiling("what every request needs"):
+        engine.start()
     decoders = Decoders(
         limits,
         model.config.vision.image_size,
