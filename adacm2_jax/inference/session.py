@@ -48,8 +48,7 @@ class SessionModel:
       resize: how frames are made square; see ``video/resize.py``.
       on_truncated: of a file that is cut short: ``error`` or ``use``.
       fingerprint: called for what tells the parameters from others'.
-      narrowest: tokens that questions are padded to at least, so that more of them are of one shape;
-        0 for the processor's own choice.
+      narrowest: tokens that questions are padded to at least, so that more of them have one shape.
     """
 
     config: AdaCM2Config

@@ -142,5 +142,9 @@ def test_one_that_is_left_in_the_middle_disturbs_nobody(decoders, clip):
 
 def test_who_waits_too_long_for_a_process_is_told(decoders, clip):
     media = Media("video", (str(clip),), "it")
-    with decoders.decode(media), pytest.raises(BusyError, match="busy"), decoders.decode(media, 0.1):
+    with (
+        decoders.decode(media),
+        pytest.raises(BusyError, match="busy"),
+        decoders.decode(media, 0.1),
+    ):
         pass

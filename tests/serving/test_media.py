@@ -71,7 +71,15 @@ def test_every_other_file_is_refused_in_the_same_words(media, place, path):
 
 @pytest.mark.parametrize(
     "address",
-    ["http://127.0.0.1/a.mp4", "https://a.b/c", "ftp://a/b", "/etc/passwd", "concat:a", "", "file-x"],
+    [
+        "http://127.0.0.1/a.mp4",
+        "https://a.b/c",
+        "ftp://a/b",
+        "/etc/passwd",
+        "concat:a",
+        "",
+        "file-x",
+    ],
 )
 def test_nothing_is_fetched(media, address):
     with contextlib.ExitStack() as stack, pytest.raises(UserError, match="nothing is fetched"):

@@ -1,0 +1,415 @@
+"""The server over HTTP, in this process: what callers send, and what they get."""
+
+import base64
+import contextlib
+import http.client
+import io
+import json
+import socket
+import threading
+import time
+
+import numpy as np
+import PIL.Image
+import pytest
+import uvicorn
+
+import adacm2_jax
+from adacm2_jax.errors import UserError
+from adacm2_jax.serving import server
+from adacm2_jax.serving.limits import Limits
+from tests.small import QUESTION, quick_compilation
+from tests.video.make_videos import encode, numbered_frames
+
+TOKEN = "a token"
+LIMITS = Limits(
+    rows=2,
+    decoders=1,
+    request_bytes=200_000,
+    upload_bytes=300_000,
+    upload_total=700_000,
+    receive_seconds=1,
+    frames=50,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(compiled_once):
+    with quick_compilation():
+        yield
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    root = tmp_path_factory.mktemp("clips")
+    encode(root / "clip.mp4", numbered_frames(120), fps=10)
+    (root / "text.mp4").write_text("no video")
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(small_run):
+    return adacm2_jax.load(small_run)
+
+
+@pytest.fixture(scope="module")
+def port(model, clips, tmp_path_factory):
+    """A running server."""
+    options = server.Options(
+        host="127.0.0.1",
+        port=0,
+        names=("video.example",),
+        token=TOKEN,
+        allowed=(str(clips),),
+        state=tmp_path_factory.mktemp("state"),
+        model_name="small",
+    )
+    bound = server.listen(options.host, options.port)
+    app, engine, decoders = server.make(model.sessions(), options, LIMITS)
+    bound.listen()
+    running = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+    thread = threading.Thread(target=lambda: running.run(sockets=[bound]))
+    thread.start()
+    yield bound.getsockname()[1]
+    running.should_exit = True
+    thread.join()
+    decoders.close()
+    engine.stop()
+
+
+@pytest.fixture
+def call(port):
+    """Sends a request; returns its status and its JSON, or its text."""
+
+    def send(method, path, body=None, kind="application/json", **headers):
+        if body is not None and not isinstance(body, bytes):
+            body = json.dumps(body).encode()
+        given = {"authorization": f"Bearer {TOKEN}"} | (
+            {} if body is None else {"content-type": kind}
+        )
+        headers = given | {name.replace("_", "-"): value for name, value in headers.items()}
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        with contextlib.closing(connection):
+            connection.request(method, path, body, headers)
+            answer = connection.getresponse()
+            text = answer.read().decode()
+        is_json = answer.headers["content-type"].startswith("application/json")
+        return answer.status, json.loads(text) if is_json else text
+
+    return send
+
+
+def picture(seed: int = 0, size: int = 40, kind: str = "png") -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 255, (size, size, 3), dtype=np.uint8)
+    target = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(target, kind)
+    return target.getvalue()
+
+
+def data(content: bytes, kind: str = "image/png") -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def video_part(address: str) -> dict:
+    return {"type": "video_url", "video_url": {"url": address}}
+
+
+def chat(*parts, question=QUESTION, **more) -> dict:
+    content = [*parts, {"type": "text", "text": question}]
+    return {"model": "small", "messages": [{"role": "user", "content": content}]} | more
+
+
+def message(answer) -> str:
+    status, body = answer
+    assert status >= 400 and set(body["error"]) == {"message", "type", "param", "code"}
+    assert body["error"]["code"] == status
+    return body["error"]["message"]
+
+
+def test_a_video_is_answered_as_in_python(call, model, clips):
+    session = model.session(QUESTION)
+    session.push(clips / "clip.mp4")
+    expected = session.ask(QUESTION)
+    assert expected.answer == model.ask(clips / "clip.mp4", QUESTION).answer
+    content = (clips / "clip.mp4").read_bytes()
+    status, uploaded = call(
+        "POST",
+        "/v1/files",
+        b'--x\r\ncontent-disposition: form-data; name="purpose"\r\n\r\nuser_data\r\n'
+        b'--x\r\ncontent-disposition: form-data; name="file"; filename="clip.mp4"\r\n\r\n'
+        + content
+        + b"\r\n--x--\r\n",
+        "multipart/form-data; boundary=x",
+    )
+    assert status == 200 and uploaded["bytes"] == len(content)
+    for part in (
+        video_part(f"file://{clips}/clip.mp4"),
+        video_part(data(content, "video/mp4")),
+        {"type": "file", "file": {"file_id": uploaded["id"]}},
+    ):
+        status, answer = call("POST", "/v1/chat/completions", chat(part))
+        assert status == 200, answer
+        choice, evidence = answer["choices"][0], answer["adacm2"]
+        assert choice["message"]["content"] == expected.answer
+        assert choice["finish_reason"] in ("stop", "length") and answer["model"] == "small"
+        assert evidence["frames"] == expected.frames == 12
+        assert evidence["kept_tokens"] == expected.kept_tokens
+        assert evidence["moments"] == [
+            {"time": moment.time, "tokens": moment.tokens, "score": pytest.approx(moment.score)}
+            for moment in expected.moments
+        ]
+        usage = answer["usage"]
+        assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    assert call("GET", f"/v1/files/{uploaded['id']}")[1]["filename"] == "clip.mp4"
+    assert call("DELETE", f"/v1/files/{uploaded['id']}")[0] == 200
+    assert "no such upload" in message(call("GET", f"/v1/files/{uploaded['id']}"))
+
+
+def test_pieces_are_the_answer(call, clips):
+    asked = chat(video_part(f"file://{clips}/clip.mp4"))
+    whole = call("POST", "/v1/chat/completions", asked)[1]["choices"][0]["message"]["content"]
+    status, text = call(
+        "POST",
+        "/v1/chat/completions",
+        asked | {"stream": True, "stream_options": {"include_usage": True}},
+    )
+    lines = text.strip().split("\n\n")
+    assert status == 200 and lines[-1] == "data: [DONE]"
+    events = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    assert {event["object"] for event in events} == {"chat.completion.chunk"}
+    assert len({event["id"] for event in events}) == 1
+    deltas = [event["choices"][0] for event in events[:-1]]
+    assert deltas[0]["delta"]["role"] == "assistant" and deltas[-1]["finish_reason"]
+    assert "".join(each["delta"].get("content", "") for each in deltas) == whole
+    assert events[-1]["choices"] == [] and events[-1]["usage"]["completion_tokens"] > 0
+
+
+def test_pictures_are_frames_of_one_stream(call, model):
+    parts = [{"type": "image_url", "image_url": {"url": data(picture(seed))}} for seed in range(5)]
+    status, answer = call("POST", "/v1/chat/completions", chat(*parts, fps=2))
+    assert status == 200 and answer["adacm2"]["frames"] == 5
+    session = model.session(QUESTION, seconds_per_frame=0.5)
+    for seed in range(5):
+        session.push(np.asarray(PIL.Image.open(io.BytesIO(picture(seed)))))
+    assert answer["choices"][0]["message"]["content"] == session.ask(QUESTION).answer
+
+
+def test_a_session_from_beginning_to_end(call, model, clips):
+    status, opened = call("POST", "/v1/sessions", {"questions": [QUESTION]})
+    assert status == 200 and opened["seen"] == 0 and opened["bytes"] > 0
+    at = f"/v1/sessions/{opened['id']}"
+    assert call("POST", f"{at}/frames", picture(0), "image/png")[1]["seen"] == 1
+    status, pushed = call("POST", f"{at}/frames", {"frames": [data(picture(1)), data(picture(2))]})
+    assert (status, pushed["seen"]) == (200, 3)
+    content = (clips / "clip.mp4").read_bytes()
+    assert call("POST", f"{at}/frames?end=6", content, "video/mp4")[1]["seen"] == 9
+    status, pushed = call(
+        "POST", f"{at}/frames", {"video": f"file://{clips}/clip.mp4", "start": 6, "end": 12}
+    )
+    assert (status, pushed["seen"]) == (200, 15)
+
+    session = model.session(QUESTION)
+    for seed in range(3):
+        session.push(np.asarray(PIL.Image.open(io.BytesIO(picture(seed)))))
+    session.push(clips / "clip.mp4")
+    for question in (None, "why?"):
+        expected = session.ask(question or QUESTION)
+        status, said = call("POST", f"{at}/ask", {"question": question, "moments": 2})
+        assert status == 200 and said["answer"] == expected.answer, question
+        assert said["policy"] == expected.policy and said["frames"] == 15
+        assert len(said["moments"]) <= 2
+    asked = {"model": "small", "session": opened["id"]} | {
+        "messages": [{"role": "user", "content": "why?"}]
+    }
+    status, answer = call("POST", "/v1/chat/completions", asked)
+    assert answer["choices"][0]["message"]["content"] == session.ask("why?").answer
+    assert answer["adacm2"]["session"] == opened["id"]
+
+    shown = call("GET", at)[1]
+    assert (shown["seen"], shown["kept"], shown["bound"]) == (15, session.kept, session.bound)
+    assert shown["bytes"] == session.size
+    fork = call("POST", f"{at}/fork")[1]
+    assert fork["seen"] == 15 and fork["id"] != opened["id"]
+    call("POST", f"/v1/sessions/{fork['id']}/frames", picture(3), "image/png")
+    assert call("GET", at)[1]["seen"] == 15
+    assert call("POST", f"{at}/save")[1]["saved"] == 15
+    names = {entry["id"] for entry in call("GET", "/v1/sessions")[1]["data"]}
+    assert {opened["id"], fork["id"]} <= names
+    assert call("DELETE", at)[1]["deleted"] is True
+    assert "no such session" in message(call("POST", f"{at}/ask", {}))
+    assert "no such session" in message(call("POST", f"{at}/frames", picture(0), "image/png"))
+
+
+@pytest.mark.parametrize(
+    ("status", "change", "words"),
+    [
+        (404, {"model": "other"}, "'other' is not here"),
+        (400, {"model": None}, "model:"),
+        (400, {"messages": []}, "messages:"),
+        (400, {"messages": [{"role": "user", "content": "a"}]}, "no message holds a video"),
+        (400, {"messages": [{"role": "assistant", "content": "a"}]}, "end with the user's"),
+        (400, {"messages": [{"role": "king", "content": "a"}]}, "role"),
+        (400, {"n": 2}, "n is 2"),
+        (400, {"logprobs": True}, "logprobs"),
+        (400, {"temperature": -1}, "temperature"),
+        (400, {"temperature": "NaN"}, "temperature"),
+        (400, {"top_p": 0}, "top_p"),
+        (400, {"max_tokens": 0}, "max_tokens"),
+        (400, {"fps": 0}, "fps"),
+        (400, {"session": "s-0123456789abcdef"}, "names a session and brings media"),
+    ],
+)
+def test_a_conversation_that_cannot_be_had_says_why(call, clips, status, change, words):
+    asked = chat(video_part(f"file://{clips}/clip.mp4")) | change
+    answer = call("POST", "/v1/chat/completions", asked)
+    assert words in message(answer) and answer[0] == status
+
+
+def test_media_that_cannot_be_read_say_why(call, clips):
+    for part, status, words in (
+        (video_part(f"file://{clips}/text.mp4"), 422, "not a video"),
+        (video_part(f"file://{clips}/none.mp4"), 400, "no video file below"),
+        (video_part("http://127.0.0.1/a.mp4"), 400, "nothing is fetched"),
+        ({"type": "image_url", "image_url": data(b"GIF89a")}, 422, "no picture"),
+        ({"type": "image_url"}, 400, "names nothing"),
+    ):
+        answer = call("POST", "/v1/chat/completions", chat(part))
+        told = message(answer)
+        assert answer[0] == status and words in told and str(clips) not in told, part
+    asked = chat(video_part(f"file://{clips}/clip.mp4"))
+    for change, status, words in (
+        ({"fps": 10}, 422, "120 frames at 10 a second, the limit is 50"),
+        ({"start": 99}, 422, "99"),
+    ):
+        answer = call("POST", "/v1/chat/completions", asked | change)
+        assert answer[0] == status and words in message(answer)
+    answer = call(
+        "POST", "/v1/chat/completions", chat(asked["messages"][0]["content"][0], question=" ")
+    )
+    assert answer[0] == 400 and "question is empty" in message(answer)
+    long = call(
+        "POST",
+        "/v1/chat/completions",
+        asked
+        | {"stream": True}
+        | chat(video_part(f"file://{clips}/clip.mp4"), question="word " * 99),
+    )
+    assert long[0] == 400 and "the limit is 24" in message(long)
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "status", "words"),
+    [
+        (b"{", "application/json", 400, "JSON"),
+        (b"[" * 20_000, "application/json", 400, ""),
+        (b"\xff\xfe", "application/json", 400, ""),
+        (b'{"frames": [], "video": null}', "application/json", 400, "empty"),
+        (b'{"video": "a", "frames": ["a"]}', "application/json", 400, "one of both"),
+        (b'{"cat": 1}', "application/json", 400, "cat"),
+        (b"hello", "text/plain", 415, "no type"),
+        (b"hello", "image/png", 422, "no picture"),
+        (b"", "image/png", 422, "no picture"),
+        (b"", "video/mp4", 422, "empty"),
+    ],
+)
+def test_frames_that_are_none_are_refused(call, body, kind, status, words):
+    name = call("POST", "/v1/sessions", {})[1]["id"]
+    answer = call("POST", f"/v1/sessions/{name}/frames", body, kind)
+    assert answer[0] == status and words in message(answer)
+    assert call("DELETE", f"/v1/sessions/{name}")[0] == 200
+
+
+def test_sessions_that_cannot_be_opened_say_why(call):
+    for body, words in (
+        ({"questions": [f"{n}?" for n in range(9)]}, "the limit is 8"),
+        ({"questions": ["a", "a"]}, "twice"),
+        ({"questions": [" "]}, "empty"),
+        ({"questions": ["word " * 99]}, "the limit is 24"),
+        ({"seconds_per_frame": 0}, "seconds_per_frame"),
+        ({"open_tokens": -1}, "open_tokens"),
+        ({"cats": 3}, "cats"),
+    ):
+        answer = call("POST", "/v1/sessions", body)
+        assert answer[0] == 400 and words in message(answer)
+    name = call("POST", "/v1/sessions", {"questions": [QUESTION]})[1]["id"]
+    assert "seen no frame" in message(call("POST", f"/v1/sessions/{name}/ask", {}))
+    call("DELETE", f"/v1/sessions/{name}")
+
+
+def test_nobody_comes_in_without_the_token_or_by_another_name(call):
+    assert call("GET", "/health", authorization="")[0] == 200
+    for authorization in ("", "Bearer other", f"Basic {TOKEN}", "Bearer", "Bearer \u00e9"):
+        answer = call("GET", "/v1/models", authorization=authorization)
+        assert answer[0] == 401 and "Bearer TOKEN" in message(answer)
+    assert call("GET", "/v1/models", host="video.example:80")[0] == 200
+    assert call("GET", "/v1/models", host="evil.example")[0] == 421
+
+
+def test_large_and_slow_bodies_are_refused(call, port):
+    big = b'{"model": "' + b"x" * LIMITS.request_bytes + b'"}'
+    answer = call("POST", "/v1/chat/completions", big)
+    assert answer[0] == 413 and "/v1/files" in message(answer)
+    answer = call("POST", "/v1/sessions/s/frames", b"x" * 300_001, "video/mp4")
+    assert answer[0] == 413
+
+    def raw(head: bytes, rest: bytes = b"", pause: float = 0) -> bytes:
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as line:
+            line.sendall(
+                b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer "
+                + TOKEN.encode()
+                + b"\r\ncontent-type: application/json\r\n"
+                + head
+                + b"\r\n\r\n"
+            )
+            time.sleep(pause)
+            with contextlib.suppress(OSError):
+                line.sendall(rest)
+            return line.recv(4096)
+
+    # Nobody said how much would come.
+    chunk = b"%x\r\n" % 100_000 + b" " * 100_000 + b"\r\n"
+    assert b" 413 " in raw(b"transfer-encoding: chunked", chunk * 3)
+    assert b" 408 " in raw(b"content-length: 100", b"{", pause=0)
+    assert b" 400 " in raw(b"content-length: 1e9")
+    assert "adacm2_held_bytes 0.0" in call("GET", "/metrics")[1]
+
+
+def test_a_caller_who_leaves_stops_the_work(call, port, clips):
+    """The one decoder is free again for the next."""
+    asked = json.dumps(chat(video_part(f"file://{clips}/clip.mp4"), fps=4)).encode()
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", port)) as line:
+            line.sendall(
+                b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer "
+                + TOKEN.encode()
+                + b"\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(asked)
+                + asked
+            )
+    assert call("POST", "/v1/chat/completions", json.loads(asked))[0] == 200
+    deadline = time.monotonic() + 20
+    while "adacm2_waiting 0.0" not in (text := call("GET", "/metrics")[1]):
+        assert time.monotonic() < deadline, text
+        time.sleep(0.1)
+
+
+def test_metrics_count_by_route(call):
+    call("GET", "/v1/none")
+    text = call("GET", "/metrics")[1]
+    assert 'adacm2_requests_total{path="other",status="404"}' in text
+    assert 'adacm2_requests_total{path="/v1/chat/completions",status="200"}' in text
+    assert "adacm2_frames_total" in text and "adacm2_first_token_seconds_bucket" in text
+
+
+def test_what_would_let_anybody_in_is_refused(tmp_path):
+    options = server.Options("0.0.0.0", 0, (), "", (), tmp_path, "small")
+    with pytest.raises(UserError, match="ADACM2_TOKEN"):
+        options.check()
+    with pytest.raises(UserError, match="cannot listen"):
+        server.listen("127.0.0.1", 99999)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(UserError, match="in use"):
+            server.listen("127.0.0.1", taken.getsockname()[1])
+    with pytest.raises(UserError, match="--rows is 0"):
+        Limits(rows=0)
