@@ -48,7 +48,7 @@ def compiled_once(tmp_path_factory):
 
 #: Of the 65,530 pieces of memory that Linux maps for a process by default; a compiled program takes
 #: about six.
-MANY_PIECES = 20_000
+MANY_PIECES = 10_000
 
 
 @pytest.fixture(scope="module", autouse=True)
