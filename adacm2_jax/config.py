@@ -138,7 +138,7 @@ class QFormerConfig:
     dropout: float = 0.1
 
     def __post_init__(self):
-        check_numbers("qformer", self, dropout=0)
+        check_numbers("qformer", self, dropout=0, num_queries=0)
         _divides("qformer.num_heads", self.num_heads, "qformer.width", self.width)
         _divides(
             "qformer.cross_attention_every", self.cross_attention_every, "qformer.depth", self.depth

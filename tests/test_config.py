@@ -96,7 +96,6 @@ REFUSED = {
     "many digits": (lambda: MemoryConfig(recent_ratio="0." + "1" * 10**5), "'0.1111 1/10"),
     "no width": (lambda: VisionConfig(width=0), "vision.width 0 at least 1"),
     "negative depth": (lambda: LlamaConfig(depth=-1), "llm.depth -1 at least 1"),
-    "no queries": (lambda: QFormerConfig(num_queries=0), "qformer.num_queries 0 at least 1"),
     "no theta": (lambda: LlamaConfig(rope_theta=0.0), "llm.rope_theta 0.0 above 0"),
     "theta of nan": (lambda: LlamaConfig(rope_theta=float("nan")), "llm.rope_theta nan finite"),
     "epsilon": (lambda: tiny(ln_vision_eps=-1e-6), "ln_vision_eps -1e-06 above 0"),

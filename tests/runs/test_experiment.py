@@ -37,6 +37,7 @@ def test_a_run_of_an_older_version_has_the_defaults_of_what_it_lacks():
     [
         ("train", "stepps", 3, ["train.stepps", "unknown", "batch_size"]),
         ("train", "steps", "3", ["train.steps", "int", "'3'"]),
+        ("model", "qformer", {"num_queries": 0}, ["qformer.num_queries = 0", "at least 1"]),
         ("train", "steps", 0, ["train.steps = 0", "at least 1"]),
         ("train", "gradient", "half", ["train.gradient", "half", "two_phase"]),
         ("eval", "policies", [], ["eval.policies is empty"]),
