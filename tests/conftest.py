@@ -42,7 +42,7 @@ def compiled_once(tmp_path_factory):
     jax.config.update(
         "jax_compilation_cache_dir", given or str(tmp_path_factory.mktemp("compiled"))
     )
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
