@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -45,6 +46,7 @@ class Server:
       files: that requests bring.
       metrics: of the server.
       threads: in which requests wait.
+      room: a place for each request that may be in a thread.
     """
 
     name: str
@@ -53,9 +55,19 @@ class Server:
     files: Files
     metrics: Metrics
     threads: concurrent.futures.ThreadPoolExecutor
+    room: threading.Semaphore
 
     async def run(self, call: Call, work: Callable[..., Any], *args: Any) -> Any:
-        """Does it in a thread; if the caller goes away, it ends soon."""
+        """Does it in a thread; if the caller goes away, it ends soon.
+
+        Raises:
+          BusyError: if as many requests as may wait are waiting.
+        """
+        if not self.room.acquire(blocking=False):
+            most = self.service.limits.waiting
+            raise BusyError(
+                f"{most} requests wait, which is the limit (--waiting); try again later"
+            )
         try:
             return await self._thread(work, call, *args)
         except asyncio.CancelledError:
@@ -78,8 +90,13 @@ class Server:
             watcher.cancel()
 
     def _thread(self, work: Callable[..., Any], *args: Any) -> Any:
-        loop = asyncio.get_running_loop()
-        return loop.run_in_executor(self.threads, functools.partial(work, *args))
+        def leave_room() -> Any:
+            try:
+                return work(*args)
+            finally:
+                self.room.release()
+
+        return asyncio.get_running_loop().run_in_executor(self.threads, leave_room)
 
 
 def build(server: Server) -> fastapi.FastAPI:

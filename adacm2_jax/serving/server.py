@@ -7,6 +7,7 @@ import os
 import pathlib
 import socket
 import sys
+import threading
 from typing import Any
 
 from adacm2_jax.errors import UserError, printable
@@ -113,6 +114,7 @@ def make(model: SessionModel, options: Options, limits: Limits) -> tuple[Any, En
         files=files,
         metrics=metrics,
         threads=concurrent.futures.ThreadPoolExecutor(limits.waiting, "request"),
+        room=threading.BoundedSemaphore(limits.waiting),
     )
     hosts = () if options.host in ("0.0.0.0", "::") else (*_HERE, options.host)
     app = Gate(

@@ -1,6 +1,7 @@
 """The server over HTTP, in this process: what callers send, and what they get."""
 
 import base64
+import concurrent.futures
 import contextlib
 import http.client
 import io
@@ -24,6 +25,7 @@ from tests.video.make_videos import encode, numbered_frames
 TOKEN = "a token"
 LIMITS = Limits(
     rows=2,
+    waiting=6,
     decoders=1,
     request_bytes=200_000,
     upload_bytes=300_000,
@@ -413,3 +415,18 @@ def test_what_would_let_anybody_in_is_refused(tmp_path):
             server.listen("127.0.0.1", taken.getsockname()[1])
     with pytest.raises(UserError, match="--rows is 0"):
         Limits(rows=0)
+
+
+def test_more_requests_than_may_wait_are_sent_away(call, clips):
+    """Each reads a video with the one decoder that there is."""
+    asked = chat(video_part(f"file://{clips}/clip.mp4"), fps=4)
+    with concurrent.futures.ThreadPoolExecutor(3 * LIMITS.waiting) as pool:
+        sent = [
+            pool.submit(call, "POST", "/v1/chat/completions", asked)
+            for _ in range(3 * LIMITS.waiting)
+        ]
+        answers = [each.result() for each in sent]
+    statuses = [status for status, _ in answers]
+    assert set(statuses) == {200, 429} and statuses.count(200) >= LIMITS.waiting
+    told = next(answer for answer in answers if answer[0] == 429)
+    assert "6 requests wait" in message(told)
