@@ -6,6 +6,7 @@
 # PYTHON_LATEST  interpreter for check-latest: 3.12 or newer
 # ACCELERATOR    cuda, cuda12, cuda13 or tpu: adds that build of jax to .venv, at the pinned version
 # WORKERS        processes that share the tests
+# RUN            a finished run, for the checks of the server
 # PYTEST_ARGS    passed to pytest, for example PYTEST_ARGS='-k memory -x'
 # LOCK_ARGS      passed to uv, for example LOCK_ARGS=--upgrade
 VENV ?= .venv
@@ -16,6 +17,8 @@ VENV_WHEEL ?= .venv-wheel
 PYTHON_LATEST ?= python3.13
 ACCELERATOR ?=
 WORKERS ?= 2
+# A finished run, of the quickstart or another, for the checks that need a model that answers.
+RUN ?= runs/quickstart/main
 PYTEST_ARGS ?=
 LOCK_ARGS ?=
 
@@ -66,12 +69,12 @@ DEV := $(STAMP)-dev $(ACCELERATED)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install quickstart test check-latest check-transformers check-real-weights check-port \
-  check-beam check-wheel check-curves check-faults check-memory check-full-size memory-table bench lint typecheck format lock clean
+  check-beam check-wheel check-curves check-faults check-serve check-hostile check-memory check-full-size memory-table bench lint typecheck format lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
 	  awk -F '\t' '{ printf "  make %-19s %s\n", $$1, $$2 }'
-	@echo "Settings: PYTHON PYTHON_LATEST ACCELERATOR=cuda|cuda12|cuda13|tpu WORKERS PYTEST_ARGS LOCK_ARGS (see the top of Makefile)"
+	@echo "Settings: PYTHON PYTHON_LATEST ACCELERATOR=cuda|cuda12|cuda13|tpu WORKERS RUN PYTEST_ARGS LOCK_ARGS (see the top of Makefile)"
 
 install: $(RUN) ## install into .venv what the scripts need
 
@@ -126,6 +129,12 @@ check-curves: $(DEV) ## compare training on more meshes of 8 devices, in one pro
 
 check-faults: $(DEV) ## kill training runs, fill their disk, lose a process; compare with a run never disturbed
 	$(PY) benchmarks/check_faults.py
+
+check-serve: $(DEV) ## 64 sessions at once in a real server for ten minutes, killed, started again, read again alone (20 minutes)
+	$(PY) -m benchmarks.check_serve --model $(RUN)
+
+check-hostile: $(DEV) ## 10,000 damaged files and 2,000 damaged requests to a real server (10 minutes)
+	$(PY) -m benchmarks.check_hostile --model $(RUN)
 
 check-full-size: $(DEV) ## compile the full-size steps for TPU slices and H100s: do they fit, compute no more than they must (an hour)
 	$(PY) $(PIP) --constraint requirements.txt 'jax[cuda12]'
