@@ -96,7 +96,7 @@ def serve(args: argparse.Namespace) -> int:
     from adacm2_jax.serving import server
     from adacm2_jax.serving.limits import Limits
 
-    for package in ("fastapi", "multipart", "prometheus_client", "uvicorn"):
+    for package in ("fastapi", "prometheus_client", "python_multipart", "uvicorn"):
         __import__(package)  # before time is spent; which extra has it is told by who calls
     limits = Limits(
         **{field.name: getattr(args, field.name) for field in dataclasses.fields(Limits)}

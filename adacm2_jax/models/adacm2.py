@@ -24,6 +24,7 @@ from flax import struct
 from jax.sharding import PartitionSpec
 
 from adacm2_jax.config import AdaCM2Config
+from adacm2_jax.errors import UserError
 from adacm2_jax.memory.banks import BankMemory
 from adacm2_jax.memory.slots import VideoMemory
 from adacm2_jax.models.bank_qformer import BankQFormer
@@ -73,7 +74,9 @@ def qformer_type(config: AdaCM2Config) -> type[QFormer] | type[BankQFormer]:
 
 
 def check_memory(config: AdaCM2Config) -> None:
-    """Raises ``UserError`` if the memory has no bound or does not fit the model."""
+    """Raises ``UserError`` if the memory has no bound, does not fit the model, or is never read."""
+    if not config.qformer.num_queries:
+        raise UserError("qformer.num_queries = 0 must be at least 1")
     qformer_type(config).memory_type.check(config)
 
 

@@ -17,7 +17,15 @@ _EXTRAS = {
     ),
     **dict.fromkeys(("torch",), "port"),
     **dict.fromkeys(
-        ("fastapi", "multipart", "prometheus_client", "pydantic", "starlette", "uvicorn"), "serve"
+        (
+            "fastapi",
+            "prometheus_client",
+            "pydantic",
+            "python_multipart",
+            "starlette",
+            "uvicorn",
+        ),
+        "serve",
     ),
     **dict.fromkeys(("grain", "ml_collections", "array_record", "tensorflow_datasets"), "run"),
     **dict.fromkeys(("matplotlib", "sklearn", "absl", "ml_dtypes"), "run"),

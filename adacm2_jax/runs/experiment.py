@@ -281,8 +281,6 @@ class Experiment:
     generation: GenerationConfig = dataclasses.field(default=GenerationConfig(max_new_tokens=8))
 
     def __post_init__(self):
-        if not self.model.qformer.num_queries:  # a Q-Former without them is a text encoder
-            raise UserError("model.qformer.num_queries = 0 must be at least 1")
         check_numbers("", self, {"seed": 2**32 - 1}, seed=0)
         if len(self.mesh) != 2 or any(type(size) is not int for size in self.mesh):
             raise UserError(f"mesh = {self.mesh!r:.60} must be two whole numbers, such as (-1, 1)")

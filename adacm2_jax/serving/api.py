@@ -1,13 +1,9 @@
 """The server's routes. Each handler names what is to be done; ``calls.py`` does it in a thread."""
 
 import asyncio
-import concurrent.futures
 import contextlib
-import dataclasses
 import functools
 import logging
-import threading
-import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -20,83 +16,18 @@ from starlette.exceptions import HTTPException
 from adacm2_jax import __version__
 from adacm2_jax.errors import DataError, UserError, printable
 from adacm2_jax.serving import chat
-from adacm2_jax.serving.calls import Call, Service, check_question
+from adacm2_jax.serving.calls import Call, check_question
 from adacm2_jax.serving.decoders import Media
-from adacm2_jax.serving.engine import CancelledError, Said, Wish
 from adacm2_jax.serving.gate import error_body
 from adacm2_jax.serving.limits import BusyError, LargeError, MissingError
-from adacm2_jax.serving.media import Media as Files
 from adacm2_jax.serving.media import Upload
-from adacm2_jax.serving.metrics import Metrics
+from adacm2_jax.serving.operations import CancelledError, Said, Wish
 from adacm2_jax.serving.schemas import AskRequest, ChatRequest, FramesRequest, SessionRequest
+from adacm2_jax.serving.waiting import Server
 
 _log = logging.getLogger(__name__)
 _STATUS = ((BusyError, 429), (MissingError, 404), (LargeError, 413), (DataError, 422))
 _PICTURE_TYPES = ("image/jpeg", "image/png", "image/webp")
-
-
-@dataclasses.dataclass(frozen=True)
-class Server:
-    """What the routes need.
-
-    Attributes:
-      name: of the model.
-      created: seconds since 1970.
-      service: that computes.
-      files: that requests bring.
-      metrics: of the server.
-      threads: in which requests wait.
-      room: a place for each request that may be in a thread.
-    """
-
-    name: str
-    created: int
-    service: Service
-    files: Files
-    metrics: Metrics
-    threads: concurrent.futures.ThreadPoolExecutor
-    room: threading.Semaphore
-
-    async def run(self, call: Call, work: Callable[..., Any], *args: Any) -> Any:
-        """Does it in a thread; if the caller goes away, it ends soon.
-
-        Raises:
-          BusyError: if as many requests as may wait are waiting.
-        """
-        if not self.room.acquire(blocking=False):
-            most = self.service.limits.waiting
-            raise BusyError(
-                f"{most} requests wait, which is the limit (--waiting); try again later"
-            )
-        try:
-            return await self._thread(work, call, *args)
-        except asyncio.CancelledError:
-            call.leave()
-            raise
-
-    async def run_while_connected(
-        self, request: fastapi.Request, work: Callable[..., Any], *args: Any
-    ) -> Any:
-        """As :meth:`run`, and looks whether the caller is still there."""
-        call = Call()
-        task = asyncio.ensure_future(self.run(call, work, *args))
-        watcher = asyncio.ensure_future(_gone(request))
-        try:
-            await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                call.leave()
-            return await task
-        finally:
-            watcher.cancel()
-
-    def _thread(self, work: Callable[..., Any], *args: Any) -> Any:
-        def leave_room() -> Any:
-            try:
-                return work(*args)
-            finally:
-                self.room.release()
-
-        return asyncio.get_running_loop().run_in_executor(self.threads, leave_room)
 
 
 def build(server: Server) -> fastapi.FastAPI:
@@ -420,12 +351,6 @@ def _file(upload: Upload) -> dict[str, Any]:
     }
 
 
-async def _gone(request: fastapi.Request) -> None:
-    """Returns when whoever sent the request has left."""
-    while not await request.is_disconnected():
-        await asyncio.sleep(0.5)
-
-
 def _errors(app: fastapi.FastAPI) -> None:
     """Every error as OpenAI's API writes it."""
 
@@ -458,8 +383,3 @@ def _first_fault(faults: Any) -> str:
     first = faults[0]
     place = ".".join(str(part) for part in first["loc"] if part != "body")
     return printable(f"{place or 'the body'}: {first['msg']}"[:300])
-
-
-def created_now() -> int:
-    """Seconds since 1970."""
-    return int(time.time())

@@ -8,8 +8,9 @@ from typing import Any
 
 from adacm2_jax.errors import UserError, check_text
 from adacm2_jax.serving.decoders import Decoders, Media
-from adacm2_jax.serving.engine import Act, Ask, CancelledError, Engine, Operation, Push, Said, Wish
+from adacm2_jax.serving.engine import Engine
 from adacm2_jax.serving.limits import Limits
+from adacm2_jax.serving.operations import Act, Ask, CancelledError, Operation, Push, Said, Wish
 from adacm2_jax.serving.table import Entry
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from adacm2_jax.errors import UserError, printable
 from adacm2_jax.serving.decoders import Media
-from adacm2_jax.serving.engine import Said, Wish
 from adacm2_jax.serving.media import Media as Files
+from adacm2_jax.serving.operations import Said, Wish
 from adacm2_jax.serving.schemas import ChatRequest, Part, address_of
 
 #: Kinds of file by how a data address begins; others are taken for videos.

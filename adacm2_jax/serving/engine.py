@@ -9,7 +9,6 @@ token of every answer.
 import concurrent.futures
 import dataclasses
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable
@@ -24,121 +23,18 @@ from adacm2_jax.inference.answerer import Answer
 from adacm2_jax.inference.reply import Reply
 from adacm2_jax.inference.session import Look, Session, SessionModel, push_together
 from adacm2_jax.serving.limits import BusyError, Limits, MissingError
+from adacm2_jax.serving.operations import (
+    Act,
+    Ask,
+    CancelledError,
+    Operation,
+    Push,
+    Said,
+    Wish,
+)
 from adacm2_jax.serving.table import Entry, Table
 
 _log = logging.getLogger(__name__)
-#: Chunks of one session that are decoded ahead.
-_AHEAD = 2
-
-
-class CancelledError(UserError):
-    """Whoever asked has gone."""
-
-
-class Operation:
-    """Something that a session is to do.
-
-    Attributes:
-      done: its result.
-      cancelled: nobody waits for it any more.
-    """
-
-    def __init__(self) -> None:
-        self.done: concurrent.futures.Future = concurrent.futures.Future()
-        self.cancelled = False
-
-
-class Act(Operation):
-    """A function of the table and the session's entry."""
-
-    def __init__(self, act: Callable[[Table, Entry], Any]):
-        super().__init__()
-        self.act = act
-
-
-class Push(Operation):
-    """Frames that come chunk by chunk; its result is how many the session has seen.
-
-    The thread that has them calls :meth:`put` for each chunk and :meth:`end` once; it waits there
-    while the engine is behind.
-    """
-
-    def __init__(self, wake: Callable[[], None]):
-        super().__init__()
-        self.chunks: queue.Queue = queue.Queue(_AHEAD)
-        self._wake = wake
-
-    def put(self, frames: np.ndarray) -> None:
-        """Hands over uint8[n, size, size, 3].
-
-        Raises:
-          CancelledError: if nobody wants them.
-        """
-        self._put(frames)
-
-    def end(self, error: BaseException | None = None) -> None:
-        """No more frames come, perhaps because of an error."""
-        try:
-            self._put(error)
-        except CancelledError:
-            pass
-
-    def _put(self, item: Any) -> None:
-        while not self.done.done() and not self.cancelled:
-            try:
-                self.chunks.put(item, timeout=0.5)
-            except queue.Full:
-                continue
-            self._wake()
-            return
-        raise CancelledError("the request has been given up")
-
-
-@dataclasses.dataclass(frozen=True)
-class Wish:
-    """How an answer is to be written.
-
-    Attributes:
-      question: None for the first that is known.
-      temperature, top_p, seed: of sampling; temperature 0 takes the most probable token.
-      max_tokens: of the answer, its end included.
-      stop: texts before which it ends.
-      moments: how many of the remembered frames it names.
-    """
-
-    question: str | None = None
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    max_tokens: int = 16
-    stop: tuple[str, ...] = ()
-    moments: int = 5
-
-
-@dataclasses.dataclass(frozen=True)
-class Said:
-    """An answer as it was written.
-
-    Attributes:
-      reply: with its evidence.
-      finish: ``stop``, or ``length`` where ``max_tokens`` ended it.
-      prompt_tokens, completion_tokens: of the language model, visual tokens included.
-    """
-
-    reply: Reply
-    finish: str
-    prompt_tokens: int
-    completion_tokens: int
-
-
-class Ask(Operation):
-    """A question; its result is a :class:`Said`. ``on_text`` is called with each new piece."""
-
-    def __init__(self, wish: Wish, on_text: Callable[[str], None] = lambda _: None):
-        super().__init__()
-        self.wish, self.on_text = wish, on_text
-        self.began = time.monotonic()
-        self.first: float | None = None
 
 
 @dataclasses.dataclass
@@ -294,12 +190,12 @@ class Engine:
         gone = BusyError("the server is stopping")
         for entry in self.table:
             for operation in entry.operations:
-                _fail(operation, gone)
+                operation.fail(gone)
         for _, operation in self._loose:
-            _fail(operation, gone)
+            operation.fail(gone)
         for writing in self._writing:
             if writing:
-                _fail(writing.ask, gone)
+                writing.ask.fail(gone)
         try:
             self.table.save_all()
         except UserError as error:
@@ -323,7 +219,7 @@ class Engine:
                     raise MissingError("the session was closed")
                 entry.operations.append(operation)
             except Exception as error:
-                _fail(operation, error)
+                operation.fail(error)
 
     def _turn(self) -> bool:
         """Does something, if there is something to do."""
@@ -342,7 +238,7 @@ class Engine:
         while entry.operations:
             head = entry.operations[0]
             if head.cancelled:
-                _fail(head, CancelledError("the request has been given up"))
+                head.fail(CancelledError("the request has been given up"))
             elif isinstance(head, Act):
                 self._act(head, entry)
             elif isinstance(head, Ask):
@@ -355,16 +251,16 @@ class Engine:
             entry.operations.popleft()
             busy = True
             while entry.closed and entry.operations:
-                _fail(entry.operations.popleft(), MissingError("the session was closed"))
+                entry.operations.popleft().fail(MissingError("the session was closed"))
         return busy
 
     def _act(self, operation: Any, entry: Any) -> None:
         try:
             result = operation.act(self.table, entry)
         except Exception as error:
-            _fail(operation, error)
+            operation.fail(error)
         else:
-            _finish(operation, result)
+            operation.finish(result)
 
     # --- Frames --------------------------------------------------------------------------------
 
@@ -380,9 +276,9 @@ class Engine:
             if frames is None or isinstance(frames, BaseException):
                 entry.operations.popleft()
                 if frames is None:
-                    _finish(head, entry.seen)
+                    head.finish(entry.seen)
                 else:
-                    _fail(head, frames)
+                    head.fail(frames)
                 busy = True
                 continue
             try:
@@ -391,7 +287,7 @@ class Engine:
                 continue  # its turn comes when others are done
             except Exception as error:
                 entry.operations.popleft()
-                _fail(head, error)
+                head.fail(error)
                 continue
             mine = (session.shape, len(frames) == 1)
             if kind is None or (mine == kind and len(together) < self._limits.rows):
@@ -412,7 +308,7 @@ class Engine:
             _log.exception("frames could not be read")
             for entry, operation, _ in together:
                 entry.operations.popleft()
-                _fail(operation, error)
+                operation.fail(error)
             return
         now = time.monotonic()
         for entry, _, chunk in together:
@@ -454,7 +350,7 @@ class Engine:
         except BusyError:
             return False
         except Exception as error:
-            _fail(ask, error)
+            ask.fail(error)
             return True
         place = self._writing.index(None)
         self._rows = continuous.put(self._rows, place, row)
@@ -476,7 +372,7 @@ class Engine:
             _log.exception("answers could not be written")
             for place, writing in enumerate(self._writing):
                 if writing:
-                    _fail(writing.ask, error)
+                    writing.ask.fail(error)
                     self._writing[place] = None
             self._rows = self._empty_rows()
             return True
@@ -495,7 +391,7 @@ class Engine:
             self._watch("first_token_seconds", ask.first - ask.began)
         if ask.cancelled:
             self._writing[place] = None
-            _fail(ask, CancelledError("the request has been given up"))
+            ask.fail(CancelledError("the request has been given up"))
             return
         writing.ids.append(token)
         self._watch("tokens", 1)
@@ -518,7 +414,7 @@ class Engine:
             self._writing[place] = None
             answer = Answer(text, score)
             reply = dataclasses.replace(writing.reply, answer=text, score=score, n_best=(answer,))
-            _finish(ask, Said(reply, finish, writing.prompt_tokens, len(writing.ids)))
+            ask.finish(Said(reply, finish, writing.prompt_tokens, len(writing.ids)))
 
     def _warm_up(self) -> None:
         """Compiles before the first request what all of them need."""
@@ -544,13 +440,3 @@ class Engine:
 def _overlaps(text: str, stop: str) -> bool:
     """Whether the end of a text may be the beginning of another."""
     return any(text.endswith(stop[:count]) for count in range(1, len(stop)))
-
-
-def _finish(operation: Operation, result: Any) -> None:
-    if not operation.done.done():
-        operation.done.set_result(result)
-
-
-def _fail(operation: Operation, error: BaseException) -> None:
-    if not operation.done.done():
-        operation.done.set_exception(error)

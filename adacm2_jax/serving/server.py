@@ -5,9 +5,11 @@ import dataclasses
 import logging
 import os
 import pathlib
+import signal
 import socket
 import sys
 import threading
+import time
 from typing import Any
 
 from adacm2_jax.errors import UserError, printable
@@ -22,6 +24,7 @@ from adacm2_jax.serving.limits import Limits
 from adacm2_jax.serving.media import Media
 from adacm2_jax.serving.metrics import Metrics
 from adacm2_jax.serving.table import Table
+from adacm2_jax.serving.waiting import Server
 
 #: By which a server on this machine alone may be called.
 _HERE = ("127.0.0.1", "localhost", "[::1]")
@@ -107,9 +110,9 @@ def make(model: SessionModel, options: Options, limits: Limits) -> tuple[Any, En
         model.on_truncated,
     )
     _show(metrics, engine, files, limits)
-    server = api.Server(
+    server = Server(
         name=options.model_name,
-        created=api.created_now(),
+        created=int(time.time()),
         service=Service(engine, decoders, limits),
         files=files,
         metrics=metrics,
@@ -142,9 +145,12 @@ def run(app: Any, engine: Engine, decoders: Decoders, bound: socket.socket) -> N
     )
     bound.listen(128)  # from here on callers are kept waiting, not sent away
     _announce(bound)
+    # uvicorn ends in peace at SIGTERM and then raises it again, which would end this process.
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
         uvicorn.Server(config).run(sockets=[bound])
     finally:
+        signal.signal(signal.SIGTERM, before)
         decoders.close()
         engine.stop()
         print("stopped; sessions are saved", file=sys.stderr, flush=True)

@@ -13,8 +13,9 @@ import pytest
 
 from adacm2_jax.errors import UserError
 from adacm2_jax.inference.processor import train_tokenizers
-from adacm2_jax.serving.engine import Act, Ask, CancelledError, Engine, Push, Wish
+from adacm2_jax.serving.engine import Engine
 from adacm2_jax.serving.limits import BusyError, Limits, MissingError
+from adacm2_jax.serving.operations import Act, Ask, CancelledError, Push, Wish
 from adacm2_jax.serving.table import Table
 from tests.inference.test_session import CHUNK, CONFIG, OTHER, frames, make_model, make_params
 from tests.small import QUESTION, quick_compilation
