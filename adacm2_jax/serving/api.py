@@ -36,6 +36,8 @@ def build(server: Server) -> fastapi.FastAPI:
         title="adacm2",
         version=__version__,
         description="Questions about long videos, with a visual memory of constant size.",
+        docs_url=None,  # they have a browser fetch scripts from elsewhere
+        redoc_url=None,
     )
     app.state.server = server
     app.include_router(_openai(server))
@@ -241,7 +243,8 @@ def _chat(server: Server, body: ChatRequest, call: Call, on_text: Callable[[str]
     """One conversation, from its media to the last token."""
     service = server.service
     with contextlib.ExitStack() as stack:
-        read = chat.read_chat(body, server.files, stack, service.engine.longest)
+        longest, most = service.engine.longest, service.limits.frames
+        read = chat.read_chat(body, server.files, stack, longest, most)
         if body.session:
             return service.ask(call, body.session, read.wish, on_text)
         return service.answer(call, read.media, read.wish, 1 / body.fps, on_text)

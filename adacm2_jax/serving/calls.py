@@ -29,6 +29,11 @@ class Call:
             if self._current is not None:
                 self._current.cancelled = True
 
+    @property
+    def gone(self) -> bool:
+        """Whether nobody waits any more."""
+        return self._gone
+
     def wait(self, operation: Operation) -> Any:
         """Its result.
 
@@ -75,7 +80,7 @@ class Service:
         try:
             for each in media:
                 # A decoder first, then room on the device: whoever has room never waits for one.
-                with self.decoders.decode(each) as (_, chunks):
+                with self.decoders.decode(each, gone=lambda: call.gone) as (_, chunks):
                     if entry is None:
                         entry = self._open_single(call, question, seconds_per_frame)
                     self._push(call, entry, chunks)
@@ -93,7 +98,7 @@ class Service:
           UserError: for what cannot be read; the frames before are known.
         """
         self.on_session(call, session, lambda table, entry: None)  # before a decoder is taken
-        with self.decoders.decode(media) as (_, chunks):
+        with self.decoders.decode(media, gone=lambda: call.gone) as (_, chunks):
             return self._push(call, session, chunks)
 
     def ask(self, call: Call, session: str, wish: Wish, on_text: Callable[[str], None]) -> Said:

@@ -9,6 +9,7 @@ from typing import Any
 
 from adacm2_jax.errors import UserError, printable
 from adacm2_jax.serving.decoders import Media
+from adacm2_jax.serving.limits import LargeError
 from adacm2_jax.serving.media import Media as Files
 from adacm2_jax.serving.operations import Said, Wish
 from adacm2_jax.serving.schemas import ChatRequest, Part, address_of
@@ -31,7 +32,7 @@ class Chat:
 
 
 def read_chat(
-    request: ChatRequest, files: Files, stack: contextlib.ExitStack, longest: int
+    request: ChatRequest, files: Files, stack: contextlib.ExitStack, longest: int, most: int
 ) -> Chat:
     """The media and the question of a conversation.
 
@@ -44,6 +45,7 @@ def read_chat(
       files: where media are.
       stack: what is written for them is removed when it closes.
       longest: tokens of the longest answer.
+      most: pictures and videos that there may be.
 
     Raises:
       UserError: for what the model cannot do.
@@ -55,14 +57,18 @@ def read_chat(
     last = request.messages[-1]
     if last.role != "user":
         raise UserError(f"the last message is of role {last.role!r}; end with the user's question")
+    contents = [message.content for message in request.messages]
+    parts = sum(len(content) for content in contents if isinstance(content, list))
+    if parts > most:
+        raise LargeError(f"the messages have {parts:,} parts, the limit is {most:,} (--frames)")
     media: list[Media] = []
     for number, message in enumerate(request.messages):
         if isinstance(message.content, list) and message.role == "user":
             for place, part in enumerate(message.content):
                 what = f"messages[{number}].content[{place}]"
                 _add(media, part, request, files, stack, what)
-    parts = last.content if isinstance(last.content, list) else []
-    texts = [part.text or "" for part in parts if part.type == "text"]
+    written = last.content if isinstance(last.content, list) else []
+    texts = [part.text or "" for part in written if part.type == "text"]
     question = last.content if isinstance(last.content, str) else "\n".join(texts)
     if request.session and media:
         raise UserError(

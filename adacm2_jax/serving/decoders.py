@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,8 @@ from adacm2_jax.serving.limits import BusyError, Limits
 
 #: Jobs after which a process gives way to a fresh one: what a library leaks has an end.
 _JOBS = 200
+#: Seconds after which one looks again whether anybody waits.
+_LOOK = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,9 @@ class Decoders:
         self._closed = False
 
     @contextlib.contextmanager
-    def decode(self, media: Media, patience: float = 600.0) -> Iterator[tuple[int, Any]]:
+    def decode(
+        self, media: Media, patience: float = 600.0, gone: Callable[[], bool] = lambda: False
+    ) -> Iterator[tuple[int, Any]]:
         """How many frames there are, and an iterator over chunks of them, uint8[n, size, size, 3].
 
         Waits for a process that is free; what has been begun may be left at any time.
@@ -79,13 +83,16 @@ class Decoders:
         Args:
           media: what to decode.
           patience: seconds to wait for a process.
+          gone: whether nobody waits any more.
 
         Raises:
           BusyError: if none became free.
           DataError: for what cannot be decoded within the limits; also from the iterator.
         """
-        if not self._free.acquire(timeout=patience):
-            raise BusyError("all decoders are busy; try again later")
+        deadline = time.monotonic() + patience
+        while not self._free.acquire(timeout=min(patience, _LOOK)):
+            if gone() or time.monotonic() >= deadline:
+                raise BusyError("all decoders are busy; try again later")
         process = None
         try:
             process = self._take()

@@ -82,7 +82,7 @@ class Engine:
         self._width = model.config.max_text_len
         self._changed = threading.Condition()
         self._loose: list[tuple[str | Entry | None, Operation]] = []  # not yet with its session
-        self._waiting = 0
+        self._waiting, self._counting = 0, threading.Lock()
         self._stop = False
         self._writing: list[_Writing | None] = [None] * limits.rows
         self.table: Any = None
@@ -141,14 +141,16 @@ class Engine:
                 raise BusyError("the server is stopping")
             if not isinstance(target, Entry) and self._waiting >= self._limits.waiting:
                 raise BusyError(f"{self._waiting} requests wait, which is the limit; try later")
-            self._waiting += 1
+            with self._counting:
+                self._waiting += 1
             operation.done.add_done_callback(self._one_less)
             self._loose.append((target, operation))
             self._changed.notify()
         return operation
 
     def _one_less(self, _: Any) -> None:
-        self._waiting -= 1
+        with self._counting:  # whatever thread it is done in
+            self._waiting -= 1
 
     # --- The thread ----------------------------------------------------------------------------
 
@@ -281,6 +283,9 @@ class Engine:
                     head.fail(frames)
                 busy = True
                 continue
+            mine = (entry.shape, len(frames) == 1)
+            if together and (mine != kind or len(together) == self._limits.rows):
+                continue
             try:
                 session = self.table.bring_back(entry)
             except BusyError:
@@ -290,9 +295,10 @@ class Engine:
                 head.fail(error)
                 continue
             mine = (session.shape, len(frames) == 1)
-            if kind is None or (mine == kind and len(together) < self._limits.rows):
-                kind = mine
-                together.append((entry, head, head.chunks.get()))
+            if together and mine != kind:  # of a file that had not been looked at
+                continue
+            kind = mine
+            together.append((entry, head, head.chunks.get()))
         if together:
             self._push_together(together)
         return busy or bool(together)
@@ -417,7 +423,8 @@ class Engine:
             ask.finish(Said(reply, finish, writing.prompt_tokens, len(writing.ids)))
 
     def _warm_up(self) -> None:
-        """Compiles before the first request what all of them need."""
+        """Compiles and computes before the first request what all of them need."""
+        self._model.fingerprint()
         self._rows = self._empty_rows()
         entry = self.table.open(["what is seen?"], 1.0, single=True)
         size = self._model.config.vision.image_size

@@ -42,6 +42,7 @@ class Entry:
       used: time.monotonic() of the last use.
       changed: that of the first change that is not saved, or None.
       closed: it is forgotten; what still waits for it is in vain.
+      shape: ``Session.shape``; None of a file that has not been read.
       operations: that wait for it, in order; the engine's.
     """
 
@@ -57,6 +58,7 @@ class Entry:
     used: float = 0.0
     changed: float | None = None
     closed: bool = False
+    shape: tuple | None = None
     operations: collections.deque = dataclasses.field(default_factory=collections.deque)
 
     def describe(self) -> dict[str, Any]:
@@ -179,6 +181,7 @@ class Table:
             self.make_room(entry.size)
             entry.session = resume(self._model, self._path(entry))
             entry.size = entry.session.size  # the file is a little larger
+            entry.shape = entry.session.shape
             self._count(entry.size)
             self.resumed += 1
         return entry.session
@@ -270,6 +273,7 @@ class Table:
             seconds_per_frame=session.seconds_per_frame,
             session=session,
             bound=session.bound,
+            shape=session.shape,
             used=time.monotonic(),
             changed=None if single else time.monotonic(),
         )

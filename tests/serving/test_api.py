@@ -353,6 +353,8 @@ def test_large_and_slow_bodies_are_refused(call, port):
     assert answer[0] == 413 and "/v1/files" in message(answer)
     answer = call("POST", "/v1/sessions/s/frames", b"x" * 300_001, "video/mp4")
     assert answer[0] == 413
+    answer = call("POST", "/v1/chat/completions", chat(*[video_part("file-x")] * 50))
+    assert answer[0] == 413 and "51 parts, the limit is 50" in message(answer)
 
     def raw(head: bytes, rest: bytes = b"", pause: float = 0) -> bytes:
         with socket.create_connection(("127.0.0.1", port), timeout=20) as line:
