@@ -1,7 +1,9 @@
 """Puts a server together, and runs it until it is told to stop."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import ipaddress
 import logging
 import os
 import pathlib
@@ -61,11 +63,18 @@ class Options:
         Raises:
           UserError: for a host that others reach, without a token.
         """
-        if self.host not in _HERE and not self.token:
+        if not _is_here(self.host) and not self.token:
             raise UserError(
                 f"--host {printable(self.host)} may be reached from other machines: set a token "
                 "in ADACM2_TOKEN or --token-file, or listen on 127.0.0.1"
             )
+
+
+def _is_here(host: str) -> bool:
+    """Whether nobody on another machine can reach it."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    return host == "localhost"
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -79,7 +88,7 @@ def listen(host: str, port: int) -> socket.socket:
         bound = socket.socket(family, socket.SOCK_STREAM)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((host.strip("[]"), port))
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         what = getattr(error, "strerror", None) or str(error)
         raise UserError(
             f"cannot listen at {printable(host)}:{port} ({what}); give others"

@@ -405,9 +405,12 @@ def test_metrics_count_by_route(call):
 
 
 def test_what_would_let_anybody_in_is_refused(tmp_path):
-    options = server.Options("0.0.0.0", 0, (), "", (), tmp_path, "small")
-    with pytest.raises(UserError, match="ADACM2_TOKEN"):
-        options.check()
+    for host in ("0.0.0.0", "::", "192.0.2.1", "host.example"):
+        with pytest.raises(UserError, match="ADACM2_TOKEN"):
+            server.Options(host, 0, (), "", (), tmp_path, "small").check()
+        server.Options(host, 0, (), "token", (), tmp_path, "small").check()
+    for host in ("127.0.0.1", "127.1.2.3", "localhost", "::1", "[::1]"):
+        server.Options(host, 0, (), "", (), tmp_path, "small").check()
     with pytest.raises(UserError, match="cannot listen"):
         server.listen("127.0.0.1", 99999)
     with socket.socket() as taken:
