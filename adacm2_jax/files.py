@@ -110,17 +110,22 @@ def write_json(path: str | pathlib.Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def keep_earlier(path: str | os.PathLike) -> None:
-    """Gives a file that is there a number, so that a new one of its name overwrites nothing.
+def keep_earlier(*paths: str | os.PathLike) -> None:
+    """Gives files that are there a number, so that new ones of their names overwrite nothing.
 
-    ``predictions.jsonl`` becomes ``predictions.1.jsonl``, or the first number that is free.
+    ``predictions.jsonl`` becomes ``predictions.1.jsonl``, or the first number that is free. Files
+    that belong together get the same number.
     """
-    path = pathlib.Path(path)
-    number = 1
-    while (earlier := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+
+    def earlier(path: pathlib.Path) -> pathlib.Path:
+        return path.with_name(f"{path.stem}.{number}{path.suffix}")
+
+    files, number = [pathlib.Path(path) for path in paths], 1
+    while any(earlier(path).exists() for path in files):
         number += 1
-    if path.exists():
-        path.rename(earlier)
+    for path in files:
+        if path.exists():
+            path.rename(earlier(path))
 
 
 def remove_abandoned(directory: str | os.PathLike, name: str = "*") -> None:

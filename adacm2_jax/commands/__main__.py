@@ -12,6 +12,7 @@ from adacm2_jax.errors import UserError, check_text
 
 EPILOG = """examples:
   adacm2 ask clip.mp4 --model runs/quickstart/main --question "which digit was on the red ground?"
+  adacm2 report clip.mp4 --model runs/quickstart/main --question "…" --output seen
   adacm2 caption clip.mp4 --model weights
   adacm2 choose clip.mp4 --model weights --question "what happens?" --label cooking --label driving
   adacm2 serve --model runs/quickstart/main --port 8000
@@ -59,6 +60,13 @@ def parser() -> argparse.ArgumentParser:
     caption = single("caption", "describe one video")
     asked = "(default: what does the video describe?)"  # inference/model.py's CAPTION
     caption.add_argument("--prompt", help=f"what the networks are asked {asked}")
+    report = single("report", "answer questions about one video, and show what the answers rest on")
+    report.add_argument(
+        "--question", action="append", required=True, help="may be given several times"
+    )
+    report.add_argument(
+        "--output", metavar="DIR", required=True, help="report.html and memory.png go there"
+    )
     choose = single("choose", "rank labels for one video by how likely each is as the answer")
     choose.add_argument(
         "--label",
@@ -85,14 +93,28 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _add_shared(made: argparse.ArgumentParser) -> None:
-    made.add_argument("video", metavar="CLIP", help="a video file")
+def _add_model(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--model",
         required=True,
         metavar="RUN",
         help="directory of a run of train.py, or of a converted checkpoint (adacm2 port)",
     )
+    made.add_argument(
+        "--policy",
+        choices=("adacm2", "full", "recent", "uniform", "random", "budget", "merge"),
+        help="of the memory (default: the run's); budget and merge need a run that sets their size",
+    )
+    made.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of matrix products (default: the run's)",
+    )
+
+
+def _add_shared(made: argparse.ArgumentParser) -> None:
+    made.add_argument("video", metavar="CLIP", help="a video file")
+    _add_model(made)
     made.add_argument(
         "--fps",
         type=float,
@@ -108,16 +130,6 @@ def _add_shared(made: argparse.ArgumentParser) -> None:
         "--on-truncated",
         choices=("error", "use"),
         help="of a file that is cut short: refuse it, or use what could be read",
-    )
-    made.add_argument(
-        "--policy",
-        choices=("adacm2", "full", "recent", "uniform", "random", "budget", "merge"),
-        help="of the memory (default: the run's); budget and merge need a run that sets their size",
-    )
-    made.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="of matrix products (default: the run's)",
     )
     made.add_argument("--json", action="store_true", help="print JSON, one object a line")
     made.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -146,6 +158,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             from adacm2_jax.commands import serve
 
             return serve.serve(args)
+        if args.command == "report":
+            from adacm2_jax.commands.report import report
+
+            return report(args)
         from adacm2_jax.commands import ask
 
         return {"ask": ask.ask, "caption": ask.caption, "choose": ask.choose}[args.command](args)

@@ -31,8 +31,8 @@ def caption(args: argparse.Namespace) -> int:
 def choose(args: argparse.Namespace) -> int:
     """``adacm2 choose CLIP --model RUN --label a --label b``."""
     question = args.question or CAPTION
-    reading = _reading(args)
-    choices = _model(args).choose(args.video, args.label, question, **reading)
+    reading = reading_of(args)
+    choices = open_model(args).choose(args.video, args.label, question, **reading)
     for choice in choices:
         print(json.dumps(dataclasses.asdict(choice)) if args.json else _choice_line(choice))
     return 0
@@ -96,10 +96,10 @@ def clock(seconds: float, decimals: int = 1) -> str:
 
 def _answer(args: argparse.Namespace, questions: Sequence[str]) -> int:
     """Asks, once all that can be wrong has been looked at."""
-    reading = _reading(args)
+    reading = reading_of(args)
     if args.output:
         check_writable(args.output, f"--output {args.output}")
-    model = _model(args)
+    model = open_model(args)
     with contextlib.ExitStack() as held:
         if args.output:
             model.check(args.video, questions=questions, **reading)
@@ -108,16 +108,19 @@ def _answer(args: argparse.Namespace, questions: Sequence[str]) -> int:
     return 0
 
 
-def _model(args: argparse.Namespace) -> VideoModel:
+def open_model(args: argparse.Namespace, compare: bool = False) -> VideoModel:
+    """The model that is asked; for ``compare`` see ``load``."""
     return load(
         args.model,
         policy=args.policy or "",
         dtype=args.dtype or "",
         on_truncated=args.on_truncated or "",
+        compare=compare,
     )
 
 
-def _reading(args: argparse.Namespace) -> dict[str, Any]:
+def reading_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Which frames are read, as ``VideoModel.ask`` takes it."""
     sampling = dataclasses.replace(ONE_A_SECOND, fps=args.fps)
     if args.num_frames is not None:
         sampling = Sampling("uniform", num_frames=args.num_frames)

@@ -247,6 +247,19 @@ class Answerer:
             for row in reading.rows
         ]
 
+    def first_token(self, reading: Reading, name: str) -> float:
+        """Seconds from the questions to the first token of their answers, under one policy; the
+        first call compiles."""
+        begun = time.perf_counter()
+        options = dataclasses.replace(self._generation, max_new_tokens=1, min_new_tokens=0)
+        rest = options, reading.rng, reading.order
+        with self._on_mesh():
+            found = steps.answer(
+                self._model, self._params, self._queries(reading, name), reading.question, *rest
+            )
+        jax.block_until_ready(found.ids)
+        return time.perf_counter() - begun
+
     def log_likelihoods(
         self, reading: Reading, name: str, candidates: Sequence[Sequence[str]]
     ) -> list[Likelihoods]:

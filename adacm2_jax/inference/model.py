@@ -17,6 +17,7 @@ from adacm2_jax.inference.answerer import Answerer, Reading
 from adacm2_jax.inference.processor import Processor
 from adacm2_jax.inference.reply import Choice, Moment, Reply
 from adacm2_jax.inference.session import Session, SessionModel, open_memory, resume
+from adacm2_jax.inference.study import Study, Watch
 from adacm2_jax.progress import Progress
 from adacm2_jax.video.sampling import ONE_A_SECOND, Sampling
 from adacm2_jax.video.stream import Row, VideoFile, lock_step, open_video
@@ -98,6 +99,31 @@ class VideoModel:
                 for reply in self._replies(answerer, reading, name, row, several, moments)
             ]
         return replies[0] if isinstance(questions, str) and len(replies) == 1 else replies
+
+    def study(
+        self,
+        video: str | os.PathLike,
+        questions: Sequence[str],
+        *,
+        sampling: Sampling | None = None,
+        start: float | None = None,
+        end: float | None = None,
+        moments: int = 5,
+    ) -> Study:
+        """Answers as :meth:`ask` does, and keeps what the answers rest on and what they cost.
+
+        Raises:
+          UserError, DataError: as :meth:`ask`.
+        """
+        several = _texts(questions, "questions")
+        watch = Watch()
+        with self._reading(video, several, sampling, start, end, watch) as parts:
+            answerer, reading, row = parts
+            replies = {
+                name: tuple(self._replies(answerer, reading, name, row, several, moments))
+                for name in reading.states
+            }
+            return watch.study(answerer, reading, row, replies)
 
     def check(
         self,
@@ -214,22 +240,29 @@ class VideoModel:
         sampling: Sampling | None,
         start: float | None,
         end: float | None,
+        watch: Watch | None = None,
     ) -> Iterator[tuple[Answerer, Reading, Row]]:
-        """The memories after the whole video."""
+        """The memories after the whole video; ``watch`` measures on the way."""
         if not questions:
             raise UserError("questions are empty; ask at least one")
         prompts = self._prompts(questions)
         row = self._open(video, sampling, start, end)
         answerer = self._answerer(row.total)
         reading = answerer.start(prompts, np.array([row.total]), np.zeros(1, np.uint32))
+        if watch:
+            watch.begin(answerer, reading, row.total, (1, self._chunk, self._size, self._size, 3))
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             chunks = lock_step([row], pool, 1, self._chunk, self._size)
             with Progress("read", row.total, unit="frames") as progress:
                 for frames, valid in chunks:
                     answerer.read(reading, frames, valid)
                     progress.update(int(valid.sum()))
+                    if watch:
+                        watch.chunk(reading, int(valid.sum()))
         if row.error:
             raise DataError(row.error)
+        if watch:
+            watch.end(reading)
         yield answerer, reading, row
 
     def _prompts(self, questions: Sequence[str]) -> list[str]:

@@ -10,12 +10,12 @@ import dataclasses
 import math
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from adacm2_jax.errors import UserError
+from adacm2_jax.errors import UserError, printable
 
 INK, MUTED, FAINT, KEPT, WRONG, PAPER = (
     "#1f2937",
@@ -46,7 +46,7 @@ class Counts:
 
 def draw_memory(
     path: str | os.PathLike,
-    frames: np.ndarray,
+    frames: np.ndarray | Mapping[int, np.ndarray],
     kept: Sequence[np.ndarray],
     times: np.ndarray,
     question: str,
@@ -92,7 +92,7 @@ def draw_memory(
     _draw_head(head, question, answer, truth, counts)
     centres = _draw_frames(row, frames, tokens, times, shown, (rows, columns), len(layers))
     _draw_timeline(line, tokens, times, shown, centres, len(layers))
-    figure.savefig(path, facecolor=PAPER)
+    figure.savefig(path, facecolor=PAPER, format="png")
 
 
 def choose_frames(held: np.ndarray, shown: int = SHOWN, dropped: int = DROPPED) -> list[int]:
@@ -109,7 +109,9 @@ def choose_frames(held: np.ndarray, shown: int = SHOWN, dropped: int = DROPPED) 
     count = len(held)
     if count <= shown:
         return list(range(count))
-    holding = [int(t) for t in np.argsort(-held, kind="stable") if held[t]]
+    # Of frames that hold as many, those that are spread over the video come first.
+    spread = np.array([int(f"{t:040b}"[::-1], 2) for t in range(count)])
+    holding = [int(t) for t in np.lexsort((spread, -np.asarray(held))) if held[t]]
     if count - 1 in holding:  # what is newest is always of interest
         holding.remove(count - 1)
         holding.insert(0, count - 1)
@@ -141,21 +143,22 @@ def _canvas() -> tuple[Any, tuple[Any, Any, Any]]:
 def _draw_head(axes: Any, question: str, answer: str, truth: str | None, counts: Counts) -> None:
     """The question and the answer at the left, the counts at the right."""
     axes.set(xlim=(0, 1), ylim=(0, 1))
-    lines = textwrap.wrap(f"“{question}”", 62)
+    lines = textwrap.wrap(f"“{printable(question)}”", 62)
     text = "\n".join(lines[:2]) + (" …" if len(lines) > 2 else "")
-    axes.text(0, 1, text, fontsize=15.5, color=INK, va="top", weight="bold", linespacing=1.2)
+    plain = dict(weight="bold", parse_math=False)  # a $ in a question is no formula
+    axes.text(0, 1, text, fontsize=15.5, color=INK, va="top", linespacing=1.2, **plain)
     right = truth is None or answer.strip() == truth.strip()
     note = "" if truth is None else "  ✓ right" if right else f"  ✗ right would be {truth}"
     colour = KEPT if right else WRONG
     said = axes.annotate("answer:  ", (0, 0.1), fontsize=13, color=MUTED)
-    for word, size in ((textwrap.shorten(answer, 40), 24), (note, 13)):
+    for word, size in ((textwrap.shorten(printable(answer), 40), 24), (note, 13)):
         said = axes.annotate(
             word,
             (1, 0.1),
             xycoords=(said, axes.transAxes),
             fontsize=size,
             color=colour,
-            weight="bold",
+            **plain,
         )
     bound = f"{counts.bound:,}" if counts.bound else "none"
     for place, (number, label, colour) in enumerate(

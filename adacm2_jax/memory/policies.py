@@ -132,6 +132,37 @@ def retention_plan(config: MemoryConfig, tokens_per_frame: int, num_layers: int)
     return _plan(capacity, recent, older, _RANKING[config.policy], config.novelty)
 
 
+def newest_instead(config: MemoryConfig, tokens_per_frame: int) -> MemoryConfig | None:
+    """A memory of as many tokens that are always the newest: what another is compared with.
+
+    Args:
+      config: the other one.
+      tokens_per_frame: P.
+
+    Returns:
+      None where both would hold the same: ``full`` drops nothing, and ``recent`` is the newest.
+    """
+    if config.policy in ("full", "recent"):
+        return None
+    if config.policy in ("budget", "merge"):  # their size is no matter of the ratios
+        capacity = config.capacity
+        if config.policy == "merge":
+            capacity = config.bank_frames * tokens_per_frame
+        return dataclasses.replace(
+            config, policy="budget", capacity=capacity, recent_ratio=1, novelty=0.0
+        )
+    return dataclasses.replace(config, policy="recent", novelty=0.0)
+
+
+def bound_of(config: AdaCM2Config) -> int:
+    """The most tokens that a layer ever holds after a frame; 0 if they grow with the video."""
+    if config.memory.policy == "full":
+        return 0
+    if config.memory.policy == "merge":
+        return config.memory.bank_frames * config.vision.tokens_per_frame
+    return plan_for(config).capacity
+
+
 def plan_for(config: AdaCM2Config) -> RetentionPlan:
     """The counts of a model's memory; raises as :func:`retention_plan` does."""
     return retention_plan(

@@ -18,6 +18,7 @@ from adacm2_jax.inference.encoder import fingerprint
 from adacm2_jax.inference.model import VideoModel
 from adacm2_jax.inference.processor import Processor
 from adacm2_jax.inference.session import SessionModel
+from adacm2_jax.memory.policies import newest_instead
 from adacm2_jax.models.params import abstract_params, fresh_params, join_params
 from adacm2_jax.runs import experiment as experiments
 from adacm2_jax.runs.checkpoint import find_params, restore_params
@@ -83,6 +84,7 @@ def load(
     dtype: str = "",
     on_truncated: str = "",
     mesh: tuple[int, int] | None = None,
+    compare: bool = False,
 ) -> VideoModel:
     """Opens a model that answers questions about videos.
 
@@ -102,6 +104,8 @@ def load(
       on_truncated: of a file that is cut short: ``error``, or ``use`` what could be read; by
         default the run's.
       mesh: devices along (data, model); by default the run's.
+      compare: whether a memory of as many tokens that are always the newest reads the same frames:
+        then its answers follow, under the name ``recent``.
 
     Raises:
       UserError: if there is no model, it is seen to be damaged, or a value cannot be used. Damaged
@@ -141,11 +145,14 @@ def load(
     experiment.memories(frames=1)
     processor = Processor.load(pathlib.Path(directory), model)
     check_params(experiment, directory)
-    return video_model(experiment, lambda: load_params(experiment, directory), processor)
+    return video_model(experiment, lambda: load_params(experiment, directory), processor, compare)
 
 
 def video_model(
-    experiment: Experiment, params: Callable[[], dict], processor: Processor
+    experiment: Experiment,
+    params: Callable[[], dict],
+    processor: Processor,
+    compare: bool = False,
 ) -> VideoModel:
     """The model of an experiment, to be asked about single videos.
 
@@ -153,6 +160,7 @@ def video_model(
       experiment: its model, memories and generation count.
       params: called for the parameters when the first video has been opened.
       processor: the model's tokenizers.
+      compare: see :func:`load`.
     """
     params = functools.cache(params)
 
@@ -177,7 +185,7 @@ def video_model(
 
     def answerer(frames: int) -> Answerer:
         _check_full(experiment, frames)  # before parameters are read
-        return make_answerer(experiment, params(), processor, frames)
+        return make_answerer(experiment, params(), processor, frames, compare)
 
     return VideoModel(
         answerer,
@@ -192,7 +200,11 @@ def video_model(
 
 
 def make_answerer(
-    experiment: Experiment, params: dict, processor: Processor, frames: int = 0
+    experiment: Experiment,
+    params: dict,
+    processor: Processor,
+    frames: int = 0,
+    compare: bool = False,
 ) -> Answerer:
     """The compiled functions of an experiment under every policy of ``eval.policies``.
 
@@ -201,13 +213,19 @@ def make_answerer(
       params: of the model.
       processor: its tokenizers.
       frames: of the longest video, where it is known; see ``Experiment.memories``.
+      compare: see :func:`load`.
     """
     _check_full(experiment, frames)
+    memories = experiment.memories(frames)
+    if compare:
+        first = next(iter(memories.values()))
+        other = newest_instead(first, experiment.model.vision.tokens_per_frame)
+        memories |= {"recent": other} if other else {}
     return Answerer(
         experiment.model,
         params,
         processor,
-        experiment.memories(frames),
+        memories,
         experiment.generation,
         experiment.seed,
     )

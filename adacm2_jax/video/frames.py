@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +23,17 @@ from adacm2_jax.video.sampling import FEWER, Sampling, sample_times
 if TYPE_CHECKING:
     from adacm2_jax.video.decoder import Decoder
 
-__all__ = ["Chunk", "Sampling", "VideoInfo", "probe", "read_clip", "read_frames", "sample_times"]
+__all__ = [
+    "Chunk",
+    "Sampling",
+    "VideoInfo",
+    "pictures_at",
+    "probe",
+    "read_clip",
+    "read_frames",
+    "read_pictures",
+    "sample_times",
+]
 
 
 @dataclass(frozen=True)
@@ -128,6 +138,58 @@ def read_clip(source: Source, sampling: Sampling, *, size: int, **options: Any) 
     check_room(count * size * size * 3, f"{_name(source)}: {what}", FEWER, DataError)
     pieces = [piece.frames for piece in chunks]
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def read_pictures(
+    source: Source,
+    sampling: Sampling,
+    *,
+    start: float | None = None,
+    end: float | None = None,
+) -> tuple[np.ndarray, Iterator[np.ndarray]]:
+    """Opens a video and reads the frames that :func:`read_frames` chooses, in their own size.
+
+    Args:
+        source, sampling, start, end: as for `read_frames`.
+    Returns:
+        float64[T], the instants in seconds from the file's start, and an iterator over the frames,
+        uint8[height, width, 3] each.
+    Raises:
+        DataError: as for `read_frames`, for a file that is cut short.
+    """
+    with _as_data_error(source):
+        decoder = _open(source)
+        if start is None and (end is None or end > decoder.begins):
+            start = decoder.begins
+        try:
+            times = sample_times(decoder.duration, sampling, start, end)
+        except DataError as error:
+            raise DataError(f"{decoder.name}: {error}") from None
+        decoder.check_stored(times[-1])
+    return times, _pictures(decoder, times)
+
+
+def pictures_at(source: Source, times: Sequence[float]) -> Iterator[np.ndarray]:
+    """The frames shown at some instants, in their own size.
+
+    Args:
+        source: as for `read_frames`.
+        times: seconds from the file's start, not decreasing.
+    Yields:
+        uint8[height, width, 3], RGB.
+    Raises:
+        DataError: if the video cannot be read so far.
+    """
+    with _as_data_error(source):
+        decoder = _open(source)
+    yield from _pictures(decoder, times)
+
+
+def _pictures(decoder: Decoder, times: Sequence[float] | np.ndarray) -> Iterator[np.ndarray]:
+    for time in times:
+        with _as_data_error(decoder.name):
+            picture = decoder.to_rgb(decoder.frame_at(float(time)))
+        yield picture
 
 
 def _chunks(

@@ -1,5 +1,7 @@
 """The picture of a memory: which frames it shows, and that kept patches stand out in it."""
 
+import warnings
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -81,6 +83,20 @@ def test_other_grids_lengths_and_texts_are_drawn(tmp_path):
     )
     sizes = {Image.open(path).size for path in tmp_path.iterdir()}
     assert len(sizes) == 1 and min(*sizes.pop()) > 500
+
+
+def test_texts_are_no_formulas_and_hold_no_control_characters(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of matplotlib, about a character that no font has
+        draw_memory(
+            tmp_path / "text.png",
+            np.zeros((1, 8, 8, 3), np.uint8),
+            [[(0, 1)]],
+            np.zeros(1),
+            r"is it $\nothing$ or \frac{$1}?",
+            "$5 \x16",
+            COUNTS,
+        )
 
 
 @pytest.mark.parametrize(
