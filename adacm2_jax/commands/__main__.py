@@ -23,6 +23,9 @@ train, eval, prepare and plan work on experiments, which are in configs/ of a cl
 1 if some videos could not be read, 2 for what its reader can mend; --debug shows where that was
 found."""
 
+DEMO = """Serve a page: a video or a webcam, asked about while it is read, and what is remembered of
+it. It listens on this machine alone unless --host says otherwise; whoever reaches it may use it."""
+
 #: Commands whose own flags are parsed elsewhere → what they are for.
 ELSEWHERE = {
     "train": "train an experiment (train.py)",
@@ -88,9 +91,32 @@ def parser() -> argparse.ArgumentParser:
     server.set_defaults(error=server.error)
     for made in (ask, caption):
         made.add_argument("--output", metavar="DIR", help="also write predictions.jsonl there")
+    demo = commands.add_parser(
+        "demo", help="serve a page to try a model on", allow_abbrev=False, description=DEMO
+    )
+    _add_demo(demo)
+    demo.set_defaults(error=demo.error)
     for name, text in ELSEWHERE.items():
         commands.add_parser(name, help=text, add_help=False)
     return top
+
+
+def _add_demo(made: argparse.ArgumentParser) -> None:
+    _add_model(made)
+    made.add_argument(
+        "--fps", type=float, default=1.0, help="frames read a second (default %(default)g)"
+    )
+    made.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default %(default)s)"
+    )
+    made.add_argument("--port", type=int, default=7860, help="likewise (default %(default)s)")
+    made.add_argument(
+        "--max-upload",
+        default="200mb",
+        metavar="SIZE",
+        help="the largest video that is taken (default %(default)s)",
+    )
+    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def _add_model(made: argparse.ArgumentParser) -> None:
@@ -162,6 +188,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             from adacm2_jax.commands.report import report
 
             return report(args)
+        if args.command == "demo":
+            from adacm2_jax.commands.demo import demo
+
+            return demo(args)
         from adacm2_jax.commands import ask
 
         return {"ask": ask.ask, "caption": ask.caption, "choose": ask.choose}[args.command](args)

@@ -22,7 +22,7 @@ from adacm2_jax.inference.generate import GenerationConfig
 from adacm2_jax.inference.processor import Processor
 from adacm2_jax.inference.reply import Moment, Reply
 from adacm2_jax.inference.session_steps import SessionModels, SessionState
-from adacm2_jax.memory.policies import plan_for
+from adacm2_jax.memory.policies import bound_of, newest_instead
 from adacm2_jax.models.adacm2 import AdaCM2, Question, StreamState
 from adacm2_jax.video.sampling import Sampling
 from adacm2_jax.video.stream import VideoFile, lock_step, open_video
@@ -101,6 +101,7 @@ class Session:
       seconds_per_frame: between two frames.
       state: all that is known of the frames so far.
       model: what it shares with others.
+      rival: another session that reads the same frames, or None; see :meth:`begin_rival`.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class Session:
     ):
         self.questions, self.seconds_per_frame = tuple(questions), seconds_per_frame
         self.model, self._memory = model, memory
+        self.rival: Session | None = None
         self._models = model.models(memory)
         self._known = self._encode(self.questions) if self.questions else None
         self._generic = self._encode([""])
@@ -140,12 +142,8 @@ class Session:
     @property
     def bound(self) -> int:
         """What ``kept`` never exceeds."""
-        config, each = self.model.config, 0
-        if self.questions and config.memory.policy == "merge":
-            each = config.memory.bank_frames * config.vision.tokens_per_frame
-        elif self.questions:
-            each = plan_for(config).capacity
-        return each * len(self.questions) + plan_for(self._models.open.config).capacity
+        each = bound_of(self.model.config) if self.questions else 0
+        return each * len(self.questions) + bound_of(self._models.open.config)
 
     @property
     def shape(self) -> tuple:
@@ -327,6 +325,19 @@ class Session:
         width = max(self.model.processor.width(prompts), self.model.narrowest)
         return self.model.processor.questions(prompts, width)
 
+    def begin_rival(self) -> "Session":
+        """What this session is compared with: as many tokens, but always the newest.
+
+        It reads every frame that is pushed from now on, which the ViT reads once; forks and files
+        know nothing of it.
+        """
+        config, tokens = self.model.config, self.model.config.vision.tokens_per_frame
+        known = newest_instead(config.memory, tokens) or config.memory
+        model = dataclasses.replace(self.model, config=dataclasses.replace(config, memory=known))
+        opened = newest_instead(self._memory, tokens) or self._memory
+        self.rival = Session(model, self.questions, self.seconds_per_frame, opened)
+        return self.rival
+
     # --- Copies --------------------------------------------------------------------------------
 
     def fork(self) -> "Session":
@@ -400,10 +411,11 @@ def push_together(sessions: Sequence[Session], frames: Sequence[np.ndarray], row
     known = [session._known for session in sessions]
     empty = rows - len(sessions)
     if rows == 1:
-        only = known[0]
-        first.state = session_steps.push(
-            models, model.params, states[0], features[0], valid, only, first._generic
-        )
+        for each in filter(None, (first, first.rival)):
+            own = each._known, each._generic
+            each.state = session_steps.push(
+                each._models, model.params, each.state, features[0], valid, *own
+            )
         return
     if empty:
         states += [session_steps.begin(models, 1, len(first.questions))] * empty

@@ -27,6 +27,7 @@ _EXTRAS = {
         ),
         "serve",
     ),
+    **dict.fromkeys(("gradio",), "demo"),
     **dict.fromkeys(("grain", "ml_collections", "array_record", "tensorflow_datasets"), "run"),
     **dict.fromkeys(("matplotlib", "sklearn", "absl", "ml_dtypes"), "run"),
 }
