@@ -61,7 +61,7 @@ class Server:
         path: str,
         body: bytes | None = None,
         kind: str = "application/json",
-        timeout: float = 120,
+        timeout: float = 600,
     ) -> tuple[int, bytes]:
         """A status and the body."""
         line = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
