@@ -74,7 +74,7 @@ DEV := $(STAMP)-dev $(ACCELERATED)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install quickstart test check-latest check-transformers check-real-weights check-port \
-  check-beam check-wheel check-demo check-curves check-faults check-serve check-hostile check-memory check-full-size memory-table bench lint typecheck format lock clean
+  check-beam check-wheel check-demo check-curves check-faults check-serve check-hostile check-memory check-stream check-full-size memory-table late-questions bench lint typecheck format lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
@@ -160,8 +160,14 @@ memory-table: $(DEV) ## device memory by policy and length of video, by XLA's co
 check-memory: $(RUN) ## measure that memory stays constant however long the video is
 	$(PY) benchmarks/check_memory.py
 
+check-stream: $(RUN) ## push a day of frames into one session of the quickstart's model: memory, compilations, answers
+	$(PY) benchmarks/check_stream.py
+
+late-questions: $(RUN) ## measure what questions find that come after the video (the quickstart's model; half an hour)
+	$(PY) benchmarks/late_questions.py
+
 bench: $(DEV) ## run every benchmark, each prints ratios
-	@set -e; for script in $(filter-out benchmarks/check_% benchmarks/_% benchmarks/memory_table.py,$(sort $(wildcard benchmarks/*.py))); do \
+	@set -e; for script in $(filter-out benchmarks/check_% benchmarks/_% benchmarks/memory_table.py benchmarks/late_questions.py,$(sort $(wildcard benchmarks/*.py))); do \
 	  echo "== $$script"; $(PY) $$script; done
 
 lint: $(DEV) ## check style: ruff check, ruff format
