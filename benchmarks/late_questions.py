@@ -252,7 +252,10 @@ def lines_of(
         tempfile.TemporaryDirectory() as folder,
         path.open("a") as file,
         Progress(
-            f"videos of {frames} frames", questions, min(len(lines), questions), unit="videos"
+            f"videos of {frames} frames",
+            questions,
+            initial=min(len(lines), questions),
+            unit="videos",
         ) as progress,
     ):
         while len(lines) < questions:
