@@ -123,6 +123,11 @@ whole beside them. The open memory is what a session keeps for questions that no
 (see [memory.md](memory.md#novelty)). `uniform`, `random` and `recent` are other ways to keep tokens
 without a question. `adacm2` has had the question from the first frame on.
 
+A frame has 17 tokens. So a sixteenth of all is one token a frame, and there `uniform` keeps just
+that: a token of every frame. Each token of this ViT shows what its whole frame shows. A memory of
+constant size is a smaller and smaller share of a video that goes on, as from 64 to 256 frames with
+34 tokens.
+
 ![Accuracy by the number of frames that came after the needle](late_questions.png)
 
 The curve has the same answers by the number of frames that came after the needle, in eight parts of
