@@ -275,13 +275,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="runs/quickstart/main", help="of `make quickstart`")
     parser.add_argument("--questions", type=int, default=600, help="a cell")
     parser.add_argument("--seed", type=int, default=0, help="other videos")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", choices=SIZES, default=list(SIZES), help="of the videos"
+    )
     parser.add_argument("--cache", type=pathlib.Path, default=ROOT / ".cache" / "late_questions")
     parser.add_argument("--output", type=pathlib.Path, default=ROOT / "docs")
     options = parser.parse_args(argv)
     model = Model(options.model)
     rows: list[dict[str, Any]] = []
-    for frames, sizes in SIZES.items():
-        cells = cells_of(frames, model.tokens_per_frame, sizes)
+    for frames in options.lengths:
+        cells = cells_of(frames, model.tokens_per_frame, SIZES[frames])
         lines = lines_of(model, frames, cells, options.questions, options.seed, options.cache)
         rows += summarise(lines, cells, model.tokens_per_frame)
     first = FIRST + EACH_SEED * options.seed
