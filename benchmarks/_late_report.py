@@ -141,7 +141,7 @@ def draw(rows: Sequence[dict], path: pathlib.Path) -> None:
     from matplotlib.figure import Figure
 
     panels = list(dict.fromkeys((row["T"], row["tokens"]) for row in rows))[-4:]
-    figure = Figure(figsize=(3.3 * len(panels), 3.4), layout="constrained")
+    figure = Figure(figsize=(3.3 * len(panels), 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, panel in zip(
         np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), panels, strict=True
@@ -164,7 +164,7 @@ def draw(rows: Sequence[dict], path: pathlib.Path) -> None:
         )  # fmt: skip
     first = figure.axes[0]
     first.set_ylabel("right answers, %")
-    first.legend(fontsize=7, loc="lower left", framealpha=0.8)
+    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     write_bytes(path, buffer.getvalue())
