@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from adacm2_jax.config import AdaCM2Config, MemoryConfig, from_dict, to_dict
 from adacm2_jax.errors import DataError, UserError, check_kind, check_text
@@ -67,6 +68,14 @@ class SessionModel:
         opened = dataclasses.replace(self.config, memory=memory)
         return SessionModels(AdaCM2(self.config), AdaCM2(opened))
 
+    def placed(self, state: SessionState) -> SessionState:
+        """A state that lies as every other, on the parameters' one device: JAX compiles once more
+        for arrays that lie there but say so in other words. Nothing is copied."""
+        where = jax.tree.leaves(self.params)[0].sharding
+        if not isinstance(where, NamedSharding) or where.mesh.size > 1:
+            return state
+        return jax.device_put(state, NamedSharding(where.mesh, PartitionSpec()))
+
 
 @dataclasses.dataclass(frozen=True)
 class Look:
@@ -118,7 +127,9 @@ class Session:
         self._models = model.models(memory)
         self._known = self._encode(self.questions) if self.questions else None
         self._generic = self._encode([""])
-        self.state = state or session_steps.begin(self._models, 1, len(self.questions))
+        if state is None:
+            state = model.placed(session_steps.begin(self._models, 1, len(self.questions)))
+        self.state = state
 
     # --- What it knows -------------------------------------------------------------------------
 
@@ -382,7 +393,7 @@ def resume(model: SessionModel, path: str | os.PathLike) -> Session:
     known, opened = (from_dict(about[name], MemoryConfig) for name in ("known", "open"))
     model = dataclasses.replace(model, config=dataclasses.replace(model.config, memory=known))
     session = Session(model, about["questions"], about["seconds_per_frame"], opened)
-    session.state = session_file.with_leaves(session.state, leaves, path)
+    session.state = model.placed(session_file.with_leaves(session.state, leaves, path))
     return session
 
 
@@ -413,12 +424,14 @@ def push_together(sessions: Sequence[Session], frames: Sequence[np.ndarray], row
     if rows == 1:
         for each in filter(None, (first, first.rival)):
             own = each._known, each._generic
-            each.state = session_steps.push(
+            after = session_steps.push(
                 each._models, model.params, each.state, features[0], valid, *own
             )
+            each.state = model.placed(after)
         return
     if empty:
-        states += [session_steps.begin(models, 1, len(first.questions))] * empty
+        blank = model.placed(session_steps.begin(models, 1, len(first.questions)))
+        states += [blank] * empty
         features += [features[0]] * empty
         known += [known[0]] * empty
     after = session_steps.push_rows(
@@ -431,4 +444,4 @@ def push_together(sessions: Sequence[Session], frames: Sequence[np.ndarray], row
         first._generic,
     )
     for session, state in zip(sessions, after, strict=False):
-        session.state = state
+        session.state = model.placed(state)
