@@ -50,14 +50,14 @@ def test_what_stays_is_no_fault():
 
 
 def test_a_model_that_has_learned_nothing_is_found_out(small_run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(check_stream, "EVERY", 16)
-    monkeypatch.setattr(check_stream, "SETTLED", 32)
+    monkeypatch.setattr(check_stream, "EVERY", 15)  # chunks of three frames
+    monkeypatch.setattr(check_stream, "SETTLED", 30)
     check_stream.session_steps.push.clear_cache()
     with quick_compilation():
-        words = ["--model", small_run, "--frames", 64, "--json", tmp_path / "found.json"]
+        words = ["--model", small_run, "--frames", 60, "--json", tmp_path / "found.json"]
         assert check_stream.main([*map(str, words)]) == 1
     found = json.loads((tmp_path / "found.json").read_text())
-    assert [row["frames"] for row in found["measured"]] == [16, 32, 48, 64]
+    assert [row["frames"] for row in found["measured"]] == [15, 30, 45, 60]
     assert found["push_compiled"] == 1 and found["compiled_after"] == 0
     assert len(found["state_bytes"]) == len(found["device_bytes"]) == 1
     assert len(found["answers"]) == 4 and found["answers"][-1]["policy"] == "open"

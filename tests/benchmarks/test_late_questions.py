@@ -82,10 +82,10 @@ def test_a_line_that_was_cut_short_is_asked_again(tmp_path):
 
 @pytest.fixture(scope="module")
 def measured(small_run, tmp_path_factory):
-    """Five late questions about videos of three and of four frames, in batches of four."""
+    """Five late questions about videos of four frames, in batches of four."""
     place = tmp_path_factory.mktemp("late")
     with pytest.MonkeyPatch.context() as patch, quick_compilation():
-        patch.setattr(late_questions, "SIZES", {3: (1,), 4: (1,)})
+        patch.setattr(late_questions, "SIZES", {4: (1,)})
         patch.setattr(late_questions, "ROWS", 4)
         words = ["--model", small_run, "--cache", place / "cache", "--output", place / "docs"]
         words = [*map(str, words), "--questions"]
@@ -97,7 +97,7 @@ def measured(small_run, tmp_path_factory):
 
 def test_a_run_goes_on_where_the_one_before_stopped(measured):
     _, first = measured
-    assert len(first) == 2
+    assert len(first) == 1
     for path, text in first.items():
         lines = path.read_text().splitlines()
         assert path.read_text().startswith(text) and len(text.splitlines()) == 2
@@ -133,8 +133,9 @@ def _known_memory() -> dict:
 def test_the_page_and_the_picture_are_what_was_measured(measured):
     place, _ = measured
     results = json.loads((place / "docs" / "late_questions.json").read_text())
-    assert len(results["cells"]) == 2 * (len(LATE) + 1)
-    assert all(cell["kept_tokens"] == 5 for cell in results["cells"])
+    assert len(results["cells"]) == len(LATE) + 1
+    # So short a video does not fill those that drop by a share of what has been seen.
+    assert all(4 <= cell["kept_tokens"] <= 5 for cell in results["cells"])
     text = (place / "docs" / "late_questions.md").read_text()
     assert report.table(results["cells"]) in text and "1,000 to 1,004" in text
     assert (place / "docs" / "late_questions.png").stat().st_size > 10_000
