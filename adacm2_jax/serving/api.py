@@ -114,8 +114,9 @@ def _openai(server: Server) -> fastapi.APIRouter:
 
     @router.get("/files")
     async def uploads() -> Any:
-        """Files that are kept."""
-        return {"object": "list", "data": [_file(each) for each in files.uploads()]}
+        """Files that are kept, all on one page: OpenAI's client asks for more until it is told."""
+        kept = [_file(each) for each in files.uploads()]
+        return {"object": "list", "data": kept, "has_more": False}
 
     @router.get("/files/{name}")
     async def one_upload(name: str) -> Any:

@@ -162,6 +162,9 @@ def test_a_video_is_answered_as_in_python(call, model, clips):
         ]
         usage = answer["usage"]
         assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    listed = call("GET", "/v1/files")[1]
+    assert [file["id"] for file in listed["data"]] == [uploaded["id"]]
+    assert listed["has_more"] is False  # without it OpenAI's client asks for the next page for ever
     assert call("GET", f"/v1/files/{uploaded['id']}")[1]["filename"] == "clip.mp4"
     assert call("DELETE", f"/v1/files/{uploaded['id']}")[0] == 200
     assert "no such upload" in message(call("GET", f"/v1/files/{uploaded['id']}"))
