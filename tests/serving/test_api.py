@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 
+import jax
 import numpy as np
 import PIL.Image
 import pytest
@@ -17,6 +18,7 @@ import uvicorn
 
 import adacm2_jax
 from adacm2_jax.errors import UserError
+from adacm2_jax.inference.session import push_together
 from adacm2_jax.serving import server
 from adacm2_jax.serving.limits import Limits
 from tests.small import QUESTION, quick_compilation
@@ -243,6 +245,18 @@ def test_a_session_from_beginning_to_end(call, model, clips):
     assert call("DELETE", at)[1]["deleted"] is True
     assert "no such session" in message(call("POST", f"{at}/ask", {}))
     assert "no such session" in message(call("POST", f"{at}/frames", picture(0), "image/png"))
+
+
+def test_one_program_reads_sessions_whatever_their_age(model, caplog):
+    """One that has just begun beside one that has seen frames is no other kind of argument."""
+    old, new, newest = (model.session(QUESTION) for _ in range(3))
+    size = old.model.config.vision.image_size
+    pictures = np.zeros((1, size, size, 3), np.uint8)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        for together in ([old], [old], [old, new], [new, newest], [newest]):
+            push_together(together, [pictures] * len(together), 2)
+    compiled = [line for line in caplog.messages if "XLA compilation of jit(push_rows)" in line]
+    assert len(compiled) == 1 and (old.seen, new.seen, newest.seen) == (3, 2, 2)
 
 
 @pytest.mark.parametrize(
