@@ -19,7 +19,7 @@ from adacm2_jax.config import AdaCM2Config, MemoryConfig, from_dict, to_dict
 from adacm2_jax.errors import DataError, UserError, check_kind, check_text
 from adacm2_jax.inference import evidence, session_file, session_steps, steps
 from adacm2_jax.inference.answerer import Answer
-from adacm2_jax.inference.generate import GenerationConfig
+from adacm2_jax.inference.generate import Generated, GenerationConfig
 from adacm2_jax.inference.processor import Processor
 from adacm2_jax.inference.reply import Moment, Reply
 from adacm2_jax.inference.session_steps import SessionModels, SessionState
@@ -284,12 +284,17 @@ class Session:
             raise UserError("the session has seen no frame yet; push some before you ask")
         return seen
 
-    def _reply(self, look: Look, moments: int) -> Reply:
+    def write(self, look: Look, **changes: Any) -> Generated:
+        """What the language model writes from a look.
+
+        Args:
+          look: of this session.
+          changes: other fields of ``GenerationConfig`` than the model's.
+        """
         model = self.model
-        options = dataclasses.replace(
-            model.generation, eos_ids=(model.processor.eos_id,), pad_id=model.processor.pad_id
-        )
-        found = steps.answer(
+        changes |= {"eos_ids": (model.processor.eos_id,), "pad_id": model.processor.pad_id}
+        options = dataclasses.replace(model.generation, **changes)
+        return steps.answer(
             steps.any_policy(model.config),
             model.params,
             look.queries,
@@ -298,13 +303,12 @@ class Session:
             jax.random.key(0),
             np.zeros(1, np.int32),
         )
-        best = [
-            Answer(model.processor.decode(ids), float(score))
-            for ids, score in zip(
-                np.asarray(found.ids)[0], np.asarray(found.scores)[0], strict=True
-            )
-        ]
-        return self.reply(look, best, moments)
+
+    def _reply(self, look: Look, moments: int) -> Reply:
+        found = self.write(look)
+        scored = zip(np.asarray(found.ids)[0], np.asarray(found.scores)[0], strict=True)
+        decode = self.model.processor.decode
+        return self.reply(look, [Answer(decode(ids), float(s)) for ids, s in scored], moments)
 
     def reply(self, look: Look, answers: Sequence[Answer], moments: int = 5) -> Reply:
         """Answers with their evidence.
@@ -429,11 +433,10 @@ def push_together(sessions: Sequence[Session], frames: Sequence[np.ndarray], row
             )
             each.state = model.placed(after)
         return
-    if empty:
-        blank = model.placed(session_steps.begin(models, 1, len(first.questions)))
-        states += [blank] * empty
-        features += [features[0]] * empty
-        known += [known[0]] * empty
+    # Rows that nobody needs are the first session's once more, without a frame.
+    states += [states[0]] * empty
+    features += [features[0]] * empty
+    known += [known[0]] * empty
     after = session_steps.push_rows(
         models,
         model.params,

@@ -34,7 +34,13 @@ def write(path: str | os.PathLike, about: dict[str, Any], state: SessionState) -
     check_writable(path.parent, f"the session goes to {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
     header = {_KEY: json.dumps({"version": _VERSION} | about)}
-    write_bytes(path, save(named(state), header))
+    try:
+        write_bytes(path, save(named(state), header))
+    except OSError as error:
+        raise UserError(
+            f"the session cannot be written to {printable(str(path))} ({error.strerror}); make "
+            "room there, or name another place"
+        ) from None
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, jax.Array]]:

@@ -1,12 +1,11 @@
 """What a session holds, and how quickly it answers."""
 
-import dataclasses
 import time
 
 import jax
 import numpy as np
 
-from adacm2_jax.inference import evidence, steps
+from adacm2_jax.inference import evidence
 from adacm2_jax.inference.session import Session
 
 
@@ -37,26 +36,10 @@ def first_token(session: Session, question: str) -> float:
     Raises:
       UserError: as ``Session.ask``.
     """
-    model, seconds = session.model, 0.0
-    options = dataclasses.replace(
-        model.generation,
-        max_new_tokens=1,
-        min_new_tokens=0,
-        eos_ids=(model.processor.eos_id,),
-        pad_id=model.processor.pad_id,
-    )
+    seconds = 0.0
     for _ in range(2):
         begun = time.perf_counter()
-        look = session.look(question)
-        found = steps.answer(
-            steps.any_policy(model.config),
-            model.params,
-            look.queries,
-            look.asked,
-            options,
-            jax.random.key(0),
-            np.zeros(1, np.int32),
-        )
+        found = session.write(session.look(question), max_new_tokens=1, min_new_tokens=0)
         jax.block_until_ready(found.ids)
         seconds = time.perf_counter() - begun
     return seconds

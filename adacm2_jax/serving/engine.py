@@ -83,7 +83,7 @@ class Engine:
         self._changed = threading.Condition()
         self._loose: list[tuple[str | Entry | None, Operation]] = []  # not yet with its session
         self._waiting, self._counting = 0, threading.Lock()
-        self._stop = False
+        self._stop = self._woken = False
         self._writing: list[_Writing | None] = [None] * limits.rows
         self.table: Any = None
         self._rows: Any = None
@@ -124,6 +124,7 @@ class Engine:
     def wake(self) -> None:
         """There may be something to do."""
         with self._changed:
+            self._woken = True  # it may be in the middle of a turn
             self._changed.notify()
 
     def submit(self, target: str | Entry | None, operation: Operation) -> Operation:
@@ -178,14 +179,14 @@ class Engine:
             with self._changed:
                 if self._stop:
                     return
-                loose, self._loose = self._loose, []
+                loose, self._loose, self._woken = self._loose, [], False
             self._sort(loose)
             busy = self._turn()
             if (now := time.monotonic()) - tidied > 1:
                 tidied = now
                 self._tidy(now)
             with self._changed:
-                if not (busy or self._loose or self._stop):
+                if not (busy or self._loose or self._woken or self._stop):
                     self._changed.wait(0.5)
 
     def _end(self) -> None:

@@ -1,6 +1,6 @@
 """What callers send, as JSON; the names of OpenAI's API where it has one for the thing."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -106,10 +106,3 @@ class AskRequest(_Strict):
 def address_of(value: Address | str | None) -> str:
     """The address in either of its two forms; "" if there is none."""
     return value.url if isinstance(value, Address) else value or ""
-
-
-def dumped(value: Any) -> Any:
-    """A dataclass of ours as JSON takes it."""
-    import dataclasses
-
-    return dataclasses.asdict(value)

@@ -4,7 +4,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import ipaddress
-import logging
 import os
 import pathlib
 import signal
@@ -192,9 +191,3 @@ def _show(metrics: Metrics, engine: Engine, files: Media, limits: Limits) -> Non
 def _resident() -> int:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def quiet() -> None:
-    """Libraries that log every request as news are heard when something is wrong."""
-    for name in ("uvicorn", "uvicorn.error", "asyncio"):
-        logging.getLogger(name).setLevel(logging.WARNING)

@@ -223,3 +223,10 @@ def test_frames_of_any_size_are_made_square_and_others_refused(model):
             session.push(wrong)
     with pytest.raises(UserError, match="has seen no frame yet"):
         begin(model).ask()
+
+
+def test_a_file_that_cannot_be_written_is_told(model, tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(UserError, match="cannot be written"):
+        begin(model).save(tmp_path / "taken")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
