@@ -20,8 +20,10 @@ def free_port() -> int:
 
 def environment(processes: int) -> dict[str, str]:
     """Of a process that has its share of the devices."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} "
+    flags += f"--xla_force_host_platform_device_count={DEVICES // processes}"
     return process_environment() | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // processes}",
+        "XLA_FLAGS": flags,
         "NPROC": "32",  # fewer threads than devices, and collectives wait for ever
     }
 
