@@ -87,7 +87,7 @@ DEV := $(STAMP)-dev $(ACCELERATED)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install quickstart test check-latest check-transformers check-real-weights check-port \
-  check-beam check-wheel check-demo check-openai check-lmms-eval check-curves check-faults check-serve check-hostile check-memory check-stream check-full-size memory-table late-questions bench lint typecheck format lock clean
+  check-beam check-wheel check-demo check-openai check-lmms-eval check-curves check-faults check-serve check-hostile check-memory check-stream check-full-size check-gpu-program memory-table late-questions bench lint typecheck format lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
@@ -181,6 +181,10 @@ check-full-size: $(DEV) ## compile the full-size steps for TPU slices and H100s:
 	$(PY) $(PIP) --constraint requirements.txt 'jax[cuda12]'
 	$(PY) benchmarks/check_full_size.py
 
+check-gpu-program: $(DEV) ## kernels and largest arrays of the program that XLA makes for an H100, without one
+	$(PY) $(PIP) --constraint requirements.txt 'jax[cuda12]'
+	$(PY) benchmarks/check_gpu_program.py
+
 memory-table: $(DEV) ## device memory by policy and length of video, by XLA's compilers (hours)
 	$(PY) $(PIP) --constraint requirements.txt 'jax[cuda12]'
 	$(PY) benchmarks/memory_table.py
@@ -195,7 +199,7 @@ late-questions: $(RUNNABLE) ## measure what questions find that come after the v
 	$(PY) benchmarks/late_questions.py --model $(RUN)
 
 bench: $(DEV) ## run every benchmark, each prints ratios
-	@set -e; for script in $(filter-out benchmarks/check_% benchmarks/_% benchmarks/memory_table.py benchmarks/late_questions.py,$(sort $(wildcard benchmarks/*.py))); do \
+	@set -e; for script in $(filter-out benchmarks/check_% benchmarks/_% benchmarks/memory_table.py benchmarks/late_questions.py benchmarks/gpu.py,$(sort $(wildcard benchmarks/*.py))); do \
 	  echo "== $$script"; $(PY) $$script; done
 
 lint: $(DEV) ## check style: ruff check, ruff format

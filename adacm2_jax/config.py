@@ -266,6 +266,7 @@ class AdaCM2Config:
         language projection) and the memory; empty: ``dtype``. LAVIS and MA-LMM evaluate with
         ``float16`` and ``float32``.
       remat: compute a layer's activations again in the backward pass instead of keeping them.
+      fused_attention: the ViT's attention by cuDNN, where a GPU computes in half precision.
     """
 
     vision: VisionConfig = VisionConfig()
@@ -279,6 +280,7 @@ class AdaCM2Config:
     dtype: str = "float32"
     qformer_dtype: str = ""
     remat: bool = True
+    fused_attention: bool = False
 
     def __post_init__(self):
         _one_of("dtype", self.dtype, DTYPES)
@@ -378,8 +380,7 @@ def from_dict(values: dict, cls: type = AdaCM2Config, path: str = ""):
         finite, or a value out of range.
     """
     if not isinstance(values, dict):
-        where = path.rstrip(".") or "a configuration"
-        shown = printable(repr(values)[:60])
+        where, shown = path.rstrip(".") or "a configuration", printable(repr(values)[:60])
         raise UserError(f"{where} must be a table of its fields, not {shown}")
     kinds = typing.get_type_hints(cls)
     fields = {field.name: kinds[field.name] for field in dataclasses.fields(cls)}

@@ -1,4 +1,4 @@
-"""What devices send each other, and within which loop: read in the text of an optimised program.
+"""What devices send each other, what a loop consists of: read in the text of an optimised program.
 
 For checks of ours alone: a loop is recognised by where it was traced (XLA's ``op_name``).
 """
@@ -26,6 +26,21 @@ _COLLECTIVE = re.compile(
 )
 _WHILE = re.compile(r" = .* while\(")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
+_OPCODE = re.compile(r" = .*?[\])}] ([a-z][\w\-]*)\(")
+#: Instructions of an optimised GPU program that start a kernel.
+KERNELS = frozenset(
+    ("fusion", "custom-call", "copy", "dot", "convolution", "sort", "scatter", "gather", "reduce")
+    + (
+        "dynamic-slice",
+        "dynamic-update-slice",
+        "slice",
+        "concatenate",
+        "transpose",
+        "pad",
+        "select",
+    )
+    + ("iota", "broadcast", "convert", "add", "compare", "reduce-window", "topk")
+)
 _DIMS = re.compile(r"[a-z]\w*\[([\d,]*)\]")
 
 
@@ -58,16 +73,7 @@ def read(text: str) -> tuple[list[Collective], set[str]]:
     Raises:
       ValueError: if it has no entry.
     """
-    computations: dict[str, list[str]] = collections.defaultdict(list)
-    entry = name = ""
-    for line in text.splitlines():
-        if header := _HEADER.match(line):
-            name = header[2]
-            entry = name if header[1] else entry
-        elif " = " in line:
-            computations[name].append(line)
-    if not entry:
-        raise ValueError("this is no text of an HLO module: it has no ENTRY computation")
+    computations, entry = _computations(text)
     found: list[Collective] = []
     every: set[str] = set()
     for line, loops in _walk(computations, entry, ()):
@@ -81,9 +87,63 @@ def read(text: str) -> tuple[list[Collective], set[str]]:
     return found, every
 
 
+def loop_body(text: str, end: re.Pattern) -> list[str]:
+    """The instructions of the body of a loop, with those of what it calls, but no inner loop's.
+
+    Args:
+      text: ``compiled.as_text()``.
+      end: of the loop's ``op_name``.
+
+    Raises:
+      ValueError: if there is not just one such loop.
+    """
+    computations, _ = _computations(text)
+    bodies = {
+        body[1]
+        for lines in computations.values()
+        for line in lines
+        if _WHILE.search(line)
+        and (traced := _OP_NAME.search(line))
+        and end.search(traced[1])
+        and (body := re.search(r"body=%?([\w.\-]+)", line))
+    }
+    if len(bodies) != 1:
+        raise ValueError(f"{len(bodies)} loops end with {end.pattern}, not one")
+
+    def expand(name: str) -> Iterator[str]:
+        for line in computations[name]:
+            called = re.search(r" call\(.*to_apply=%?([\w.\-]+)", line)
+            if called:
+                yield from expand(called[1])
+            else:
+                yield line
+
+    return list(expand(bodies.pop()))
+
+
+def kernels(lines: list[str]) -> list[str]:
+    """Of instructions those that a GPU is started for."""
+    return [line for line in lines if (made := _OPCODE.search(line)) and made[1] in KERNELS]
+
+
 def frame_loops(loops: set[str]) -> set[str]:
     """The names of those of :data:`FRAME_LOOPS` that are there."""
     return {name for name, end in FRAME_LOOPS.items() if any(end.search(loop) for loop in loops)}
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """The instructions of every computation, and which is the entry."""
+    computations: dict[str, list[str]] = collections.defaultdict(list)
+    entry = name = ""
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            name = header[2]
+            entry = name if header[1] else entry
+        elif " = " in line:
+            computations[name].append(line)
+    if not entry:
+        raise ValueError("this is no text of an HLO module: it has no ENTRY computation")
+    return computations, entry
 
 
 def _walk(

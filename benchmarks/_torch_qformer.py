@@ -113,7 +113,7 @@ class CrossAttention(nn.Module):
         recent, older = self.counts(live)
         score = probs.sum((0, 1))[: live - recent]
         best = score.topk(older, sorted=False).indices.sort().values
-        kept = torch.cat([best, torch.arange(live - recent, live)])
+        kept = torch.cat([best, torch.arange(live - recent, live, device=best.device)])
         self.key, self.value = key.index_select(0, kept), value.index_select(0, kept)
         return self.norm(x + self.out(y))
 

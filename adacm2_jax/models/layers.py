@@ -1,5 +1,6 @@
 """The few building blocks that the networks share, with PyTorch's numerics where they differ."""
 
+import importlib.util
 import math
 from collections.abc import Callable
 
@@ -56,25 +57,47 @@ class Dense(nn.Module):
       axes: logical names of the kernel's axes.
       num_inputs: how many of the axes are contracted.
       use_bias: whether there is a bias (over the output axes).
+      widen: by :func:`wide_product`.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     num_inputs: int = 1
     use_bias: bool = True
+    widen: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = param(self, "kernel", fan_in(self.num_inputs), self.shape, self.axes).astype(
             x.dtype
         )
-        y = jnp.tensordot(x, kernel, self.num_inputs)
+        y = wide_product(x, kernel) if self.widen else jnp.tensordot(x, kernel, self.num_inputs)
         if self.use_bias:
             outputs = slice(self.num_inputs, None)
             y = y + param(self, "bias", ZEROS, self.shape[outputs], self.axes[outputs]).astype(
                 y.dtype
             )
         return y
+
+
+@jax.custom_vjp
+def wide_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """[… , W] @ [W, V] as it is added up, in float32: not rounded to half precision.
+
+    Its gradient is that of a product in ``x.dtype``, so that no weight is ever widened.
+    """
+    return jnp.matmul(x, kernel, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _wide_product_forward(x: jax.Array, kernel: jax.Array):
+    return wide_product(x, kernel), (x, kernel)
+
+
+def _wide_product_backward(saved, gradient: jax.Array):
+    return jax.vjp(jnp.matmul, *saved)[1](gradient.astype(saved[0].dtype))
+
+
+wide_product.defvjp(_wide_product_forward, _wide_product_backward)
 
 
 class LayerNorm(nn.Module):
@@ -117,7 +140,11 @@ class Mlp(nn.Module):
 
 
 def attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None, dropout=None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None = None,
+    dropout: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """Softmax attention with probabilities in float32.
 
@@ -140,3 +167,29 @@ def attention(
     if dropout is not None:
         probs = dropout(probs)
     return jnp.einsum("bhqk,bkhd->bqhd", probs.astype(value.dtype), value)
+
+
+def fused_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """:func:`attention` without a mask, by cuDNN's kernel where the program is for an NVIDIA GPU.
+
+    That kernel has no array of all logits in memory. It computes in half precision alone, with
+    sums and softmax in float32; float32 and every other device have :func:`attention`.
+
+    Args:
+      query, key, value: [B, Q, H, D], [B, K, H, D], [B, K, H, D]; D a multiple of 8, at most 128.
+    """
+    if query.dtype not in (jnp.bfloat16, jnp.float16) or not _has_cuda():
+        return attention(query, key, value)
+    return jax.lax.platform_dependent(query, key, value, cuda=_cudnn_attention, default=attention)
+
+
+def _cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+
+
+def _has_cuda() -> bool:
+    """Whether jax's plugin for NVIDIA GPUs is installed; without it cuDNN cannot be asked for."""
+    return any(
+        importlib.util.find_spec("jax_plugins") and importlib.util.find_spec(f"jax_plugins.{name}")
+        for name in ("xla_cuda12", "xla_cuda13")
+    )

@@ -20,6 +20,7 @@ from adacm2_jax.models.layers import (
     Mlp,
     attention,
     embedding,
+    fused_attention,
     param,
     rematerialised,
     wide,
@@ -41,6 +42,7 @@ class Block(nn.Module):
 
     config: VisionConfig
     dtype: Any = jnp.float32
+    fused_attention: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, _) -> tuple[jax.Array, None]:
@@ -51,7 +53,8 @@ class Block(nn.Module):
         query = Dense(shape, axes, name="query")(y)
         key = Dense(shape, axes, use_bias=False, name="key")(y)
         value = Dense(shape, axes, name="value")(y)
-        y = attention(query, key, value)
+        attend = fused_attention if self.fused_attention else attention
+        y = attend(query, key, value)
         x = x + Dense(shape[1:] + shape[:1], axes[1:] + axes[:1], num_inputs=2, name="out")(y)
         y = LayerNorm(c.layer_norm_eps, "vision", name="norm2")(x).astype(self.dtype)
         return x + Mlp(c.width, c.mlp_width, "vision", name="mlp")(y), None
@@ -66,6 +69,7 @@ class VisionTransformer(nn.Module):
 
     config: VisionConfig
     remat: bool = True
+    fused_attention: bool = False
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
@@ -95,4 +99,4 @@ class VisionTransformer(nn.Module):
             length=c.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        return blocks(c, pixels.dtype, name="blocks")(x, None)[0]
+        return blocks(c, pixels.dtype, self.fused_attention, name="blocks")(x, None)[0]

@@ -28,13 +28,15 @@ MAY_CHANGE = {
         *("data.cache", "data.data_dir", "data.workers", "mesh"),
     ),
     "evaluate": (
-        *("model.memory.", "model.dtype", "model.qformer_dtype", "model.remat"),
+        *("model.memory.", "model.dtype", "model.qformer_dtype"),
+        *("model.remat", "model.fused_attention"),
         *("checkpoint.", "data.", "eval.", "generation.", "optim.", "train."),
         *("init_from", "mesh", "seed", "tokenizers"),
     ),
     # What an experiment chooses for itself of a converted checkpoint's model.
     "start": (
-        *("model.memory.", "model.dtype", "model.qformer_dtype", "model.remat"),
+        *("model.memory.", "model.dtype", "model.qformer_dtype"),
+        *("model.remat", "model.fused_attention"),
         *("model.qformer.dropout", "model.temporal_positions"),
         *("model.max_text_len", "model.max_answer_len"),
     ),

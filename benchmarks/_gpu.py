@@ -1,0 +1,211 @@
+"""What the sections of gpu.py share: rows, sizes, random parameters, and how time is taken."""
+
+import dataclasses
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from adacm2_jax.config import AdaCM2Config, instructblip_vicuna_7b, tiny
+from adacm2_jax.models.adacm2 import Question, init_params
+from adacm2_jax.models.params import frozen_dtype
+from adacm2_jax.plan.flops import product_flops
+from adacm2_jax.training.step import Batch
+
+WORDS = 32
+#: Parameters that read frames; the others answer.
+READING = ("vision", "ln_vision", "temporal_embed", "qformer")
+ANSWERING = ("temporal_embed", "language_projection", "llm")
+
+
+class Rows:
+    """What a section has measured: each row is printed and written when it is there.
+
+    Args:
+      section: its name.
+      path: a file of JSON lines, appended to.
+      seconds: that the section may take.
+    """
+
+    def __init__(self, section: str, path: pathlib.Path, seconds: float):
+        self.section, self.path = section, path
+        self._end = time.monotonic() + seconds
+
+    def add(self, name: str, **values: Any) -> None:
+        """A row; floats are printed with four digits."""
+        device = jax.devices()[0]
+        shown = (
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in values.items()
+        )
+        print(f"{self.section}: {name}: {', '.join(shown)}", flush=True)
+        about = dict(card=device.device_kind, platform=device.platform, jax=jax.__version__)
+        row = dict(section=self.section, name=name) | about | values
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def late(self, name: str) -> bool:
+        """Whether there is no time for one more; it is named then."""
+        if time.monotonic() < self._end:
+            return False
+        print(f"{self.section}: {name}: not measured, the time is used", flush=True)
+        return True
+
+    def ceiling(self, name: str, unit: str) -> float | None:
+        """The newest ceiling of this card that has been measured, by the name of its row."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        found = [
+            row[unit]
+            for row in map(json.loads, lines)
+            if (row["section"], row["name"]) == ("ceilings", name)
+            and row["card"] == jax.devices()[0].device_kind
+        ]
+        return found[-1] if found else None
+
+    def share(self, rate: float, name: str, unit: str) -> float | None:
+        """A rate divided by the measured ceiling; None where that was not measured."""
+        ceiling = self.ceiling(name, unit)
+        return rate / ceiling if ceiling else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """What is measured: the full model or a tiny one with fewer of everything."""
+
+    tiny: bool
+    copy: int
+    product: int
+    least: float
+    images: tuple[int, ...]
+    chunks: tuple[int, ...]
+    questions: tuple[int, ...]
+    videos: tuple[int, ...]
+    new_tokens: int
+    lengths: tuple[int, ...]
+    batches: tuple[int, ...]
+    frames: int
+
+    @classmethod
+    def named(cls, name: str) -> "Size":
+        """``full`` or ``tiny``."""
+        if name == "tiny":
+            return cls(
+                tiny=True,
+                copy=2**16,
+                product=64,
+                least=0.005,
+                images=(2,),
+                chunks=(2,),
+                questions=(2,),
+                videos=(1,),
+                new_tokens=3,
+                lengths=(4, 12),
+                batches=(2,),
+                frames=6,
+            )
+        return cls(
+            tiny=False,
+            copy=2**30,
+            product=8192,
+            least=0.25,
+            images=(16, 128, 64, 8),
+            chunks=(16, 64, 8, 32),
+            questions=(1, 8),
+            videos=(1, 8, 32),
+            new_tokens=32,
+            lengths=(20, 100, 1000, 10_000),
+            batches=(64, 32, 16, 8, 4),
+            frames=100,
+        )
+
+    def config(self, **overrides: Any) -> AdaCM2Config:
+        """The model in bfloat16."""
+        make = tiny if self.tiny else instructblip_vicuna_7b
+        texts = {} if self.tiny else dict(max_text_len=WORDS, max_answer_len=16)
+        return make(**(dict(dtype="bfloat16") | texts | overrides))
+
+    @property
+    def words(self) -> int:
+        return 8 if self.tiny else WORDS
+
+
+def draw_params(config: AdaCM2Config, parts: tuple[str, ...], seed: int = 0) -> dict:
+    """Random parameters of some parts on the device, one after the other, as inference has them."""
+    shapes = nn.unbox(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
+    flat = traverse_util.flatten_dict({part: shapes[part] for part in parts}, sep="/")
+
+    def draw(key: jax.Array, path: str, leaf: Any) -> jax.Array:
+        dtype = frozen_dtype(config, path)
+        noise = jax.random.normal(key, leaf.shape, dtype) * jnp.asarray(0.02, dtype)
+        return noise + 1 if path.endswith("scale") else noise
+
+    drawn = {}
+    for number, (path, leaf) in enumerate(sorted(flat.items())):
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        drawn[path] = jax.jit(draw, static_argnums=(1, 2))(key, path, leaf)
+    jax.block_until_ready(drawn)
+    return traverse_util.unflatten_dict(drawn, sep="/")
+
+
+def ask(config: AdaCM2Config, rows: int, words: int) -> Question:
+    """Random questions without padding."""
+    rng = np.random.default_rng(2)
+    text = jnp.asarray(rng.integers(1, config.qformer.vocab_size, (rows, words)), jnp.int32)
+    prompt = jnp.asarray(rng.integers(3, config.llm.vocab_size - 1, (rows, words)), jnp.int32)
+    mask = jnp.ones((rows, words), bool)
+    return Question(text, mask, prompt, mask)
+
+
+def pixels(config: AdaCM2Config, *shape: int) -> jax.Array:
+    """Random frames on the device, uint8[…, side, side, 3]."""
+    side = config.vision.image_size
+    draw = jax.jit(lambda key: jax.random.bits(key, (*shape, side, side, 3), jnp.uint8))
+    return draw(jax.random.key(3))
+
+
+def batch_of(frames: Any, question: Question) -> Batch:
+    """Clips with their whole text as targets, but its first half."""
+    count, length = question.llm_ids.shape
+    targets = jnp.broadcast_to(jnp.arange(length) >= length // 2, (count, length))
+    valid = jnp.ones(frames.shape[:2], bool)
+    return Batch(frames, valid, jnp.zeros(count, jnp.uint32), question, targets)
+
+
+def seconds_of(call: Callable[[], Any], least: float, windows: int = 5) -> tuple[float, float]:
+    """How long a call takes when the host never waits between calls.
+
+    Args:
+      call: starts work on the device and returns arrays of it.
+      least: seconds of a window, after two calls to warm up.
+      windows: of which the median counts.
+
+    Returns:
+      The median, and (highest − lowest) / median of all windows.
+    """
+    for _ in range(2):
+        jax.block_until_ready(call())
+    begun = time.perf_counter()
+    jax.block_until_ready(call())
+    count = max(1, int(least / max(time.perf_counter() - begun, 1e-9)))
+    found = []
+    for _ in range(windows):
+        begun = time.perf_counter()
+        for _ in range(count):
+            result = call()
+        jax.block_until_ready(result)
+        found.append((time.perf_counter() - begun) / count)
+    middle = statistics.median(found)
+    return middle, (max(found) - min(found)) / middle
+
+
+def flops_of(function: Callable, *arguments: Any) -> float:
+    """Of all matrix products of a call."""
+    return product_flops(jax.jit(function).trace(*arguments).jaxpr)

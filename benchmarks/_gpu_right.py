@@ -1,0 +1,149 @@
+"""Section ``runs`` of gpu.py: is what the card computes right?"""
+
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adacm2_jax.config import AdaCM2Config, tiny
+from adacm2_jax.inference import steps
+from adacm2_jax.inference.generate import GenerationConfig
+from adacm2_jax.models.adacm2 import AdaCM2, StreamState, init_params, init_state
+from adacm2_jax.models.params import split_params
+from adacm2_jax.runs.experiment import OptimConfig
+from adacm2_jax.sharding import make_mesh
+from adacm2_jax.training.optim import make_optimizer
+from adacm2_jax.training.step import StepConfig, init_train_state, make_train_step
+from benchmarks._gpu import Rows, Size, ask, batch_of
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def section_runs(rows: Rows, size: Size) -> None:
+    """The memory against its oracle; the tiny model on the card against the CPU."""
+    platform = jax.default_backend()
+    if not size.tiny:
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+        command += ["tests/memory/test_slots.py", "tests/memory/test_banks.py"]
+        about = {
+            "JAX_PLATFORMS": "cuda,cpu" if platform == "gpu" else platform,
+            "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+        }
+        begun = time.monotonic()
+        ended = subprocess.run(
+            command, cwd=ROOT, env=os.environ | about, text=True, capture_output=True, check=False
+        )
+        told = (ended.stdout.strip().splitlines() or ["nothing was said"])[-1]
+        print(ended.stdout[-3000:] if ended.returncode else "", end="")
+        seconds = time.monotonic() - begun
+        rows.add("oracle", right=ended.returncode == 0, told=told, seconds=seconds)
+    with jax.default_matmul_precision("highest"):
+        _compare(rows, "float32")
+    _compare_vit(rows)
+
+
+def _on(device: Any, call: Callable[[], Any]) -> Any:
+    """A computation on a device, as numpy arrays."""
+    with jax.default_device(device):
+        return jax.tree.map(np.asarray, call())
+
+
+def _both(call: Callable[[], Any]) -> tuple[Any, Any]:
+    """The same on the first device and on the CPU."""
+    return _on(jax.devices()[0], call), _on(jax.devices("cpu")[0], call)
+
+
+def _bound(config: AdaCM2Config, eps: float) -> float:
+    """Relative rounding of a walk through all layers: the roundings of its longest chain of sums
+    grow like the square root of their number; an activation is a few times the mean."""
+    depth = config.vision.depth + config.qformer.depth + config.llm.depth
+    return eps * (depth * config.vision.mlp_width) ** 0.5 * 8
+
+
+def _off(mine: np.ndarray, other: np.ndarray) -> float:
+    """The largest difference by the largest value."""
+    return float(np.abs(mine - other).max() / np.abs(other).max())
+
+
+def _compare(rows: Rows, dtype: str) -> None:
+    """A stream, greedy and beam answers, and a training step of the tiny model."""
+    config = tiny(dtype=dtype)
+    params = _on(jax.devices("cpu")[0], lambda: nn.unbox(init_params(config, jax.random.key(0))))
+    frames = np.random.default_rng(0).integers(0, 256, (2, 8, 56, 56, 3), np.uint8)
+    bound = _bound(config, float(np.finfo(np.float32).eps))
+    question = jax.tree.map(np.asarray, ask(config, 2, 8))
+    valid = np.ones((2, 8), bool)
+    model = AdaCM2(config)
+
+    def stream() -> StreamState:
+        state = init_state(config, jnp.zeros(2, jnp.int32))
+        for _ in range(3):
+            features = steps.encode(model, params, frames)
+            state = steps.read(model, params, features, valid, question, state)
+        return state
+
+    mine, other = _both(stream)
+    same = all(
+        np.array_equal(mine.memory.in_time_order()[name], other.memory.in_time_order()[name])
+        for name in ("frame", "patch", "live")
+    )
+    off = _off(mine.queries, other.queries)
+    rows.add("stream", right=same and off <= bound, tokens_alike=same, off=off, bound=bound)
+    for beams in (1, 3):
+        options = GenerationConfig(max_new_tokens=8, num_beams=beams, eos_ids=(2,))
+        arguments = other.queries, question, options, jax.random.key(0), np.arange(2)
+
+        def answer(arguments=arguments):
+            return steps.answer(steps.any_policy(config), params, *arguments)
+
+        mine_said, other_said = _both(answer)
+        same = np.array_equal(mine_said.ids, other_said.ids)
+        off = _off(mine_said.scores, other_said.scores)
+        rows.add(f"answer, {beams} beams", right=same and off <= bound, off=off, bound=bound)
+
+    def step() -> tuple:
+        return _train(config, params, frames, question, StepConfig(chunk=4))
+
+    (mine_loss, mine_norm), (other_loss, other_norm) = _both(step)
+    off = max(_off(mine_loss, other_loss), _off(mine_norm, other_norm))
+    rows.add("training step", right=off <= bound, loss=float(mine_loss), off=off, bound=bound)
+
+
+def _train(config, params, frames, question, options) -> tuple[jax.Array, jax.Array]:
+    """The loss and the norm of the gradient of one step, on the default device."""
+    rule = OptimConfig().rule
+    groups = rule.pop("groups")
+    mesh = make_mesh((1, 1), [jax.config.jax_default_device or jax.devices()[0]])
+    learned, frozen = split_params(jax.device_put(params), groups)
+    optimizer, _ = make_optimizer(learned, groups=groups, steps=10, **rule)
+    learned, frozen = jax.device_put((learned, frozen), jax.NamedSharding(mesh, jax.P()))
+    state = init_train_state(learned, frozen, optimizer, mesh)
+    step = make_train_step(config, optimizer, 0, state, options)
+    with jax.set_mesh(mesh):
+        _, metrics = step(state, batch_of(frames, question))
+    return metrics["loss"], metrics["grad_norm"]
+
+
+def _compare_vit(rows: Rows) -> None:
+    """The ViT in bfloat16, plain and fused, against float32 on the CPU."""
+    config = tiny()
+    params = _on(jax.devices("cpu")[0], lambda: nn.unbox(init_params(config, jax.random.key(0))))
+    frames = np.random.default_rng(0).integers(0, 256, (2, 4, 56, 56, 3), np.uint8)
+    cpu = jax.devices("cpu")[0]
+    exact = _on(cpu, lambda: steps.encode(AdaCM2(config), params, frames)).astype(np.float32)
+    # A block rounds about eight results that are added to one another, at random.
+    bound = 2.0**-8 * (8 * config.vision.depth) ** 0.5
+    for fused in (False, True):
+        half = dataclasses.replace(config, dtype="bfloat16", fused_attention=fused)
+        found = _on(jax.devices()[0], lambda half=half: steps.encode(AdaCM2(half), params, frames))
+        off = float(np.linalg.norm(found.astype(np.float32) - exact) / np.linalg.norm(exact))
+        rows.add(f"ViT in bfloat16, fused {fused}", right=off <= bound, off=off, bound=bound)

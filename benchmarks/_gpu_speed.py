@@ -1,0 +1,217 @@
+"""Sections ``ceilings``, ``stream``, ``decode`` and ``trace`` of gpu.py: how fast is inference?"""
+
+import collections
+import itertools
+import pathlib
+import tempfile
+
+import jax
+import jax.numpy as jnp
+
+from adacm2_jax.config import memory_preset
+from adacm2_jax.inference import steps
+from adacm2_jax.inference.generate import GenerationConfig
+from adacm2_jax.models.adacm2 import AdaCM2, StreamState, init_state, repeat_rows
+from benchmarks._gpu import (
+    ANSWERING,
+    READING,
+    Rows,
+    Size,
+    ask,
+    draw_params,
+    flops_of,
+    pixels,
+    seconds_of,
+)
+
+
+def section_ceilings(rows: Rows, size: Size) -> None:
+    """What the card reaches with a copy and with a product."""
+    values = jax.random.normal(jax.random.key(0), (size.copy,), jnp.bfloat16)
+    copy = jax.jit(jnp.negative)
+    seconds, spread = seconds_of(lambda: copy(values), size.least)
+    rows.add("copy", bytes_a_second=2 * values.nbytes / seconds, spread=spread)
+    for side in (size.product, size.product // 2):
+        a, b = (jax.random.normal(jax.random.key(i), (side, side), jnp.bfloat16) for i in range(2))
+        product = jax.jit(jnp.matmul)
+        seconds, spread = seconds_of(lambda a=a, b=b, run=product: run(a, b), size.least)
+        name = "product" if side == size.product else f"product of {side}"
+        rows.add(name, flops_a_second=2 * side**3 / seconds, side=side, spread=spread)
+
+
+# --- stream --------------------------------------------------------------------------------------
+
+
+def section_stream(rows: Rows, size: Size) -> None:
+    """Frames a second of the parts and of all together, most wanted first."""
+    config = size.config()
+    params = draw_params(config, READING)
+    alone = _vit_alone(rows, size, params)
+    for preset, questions, chunk, videos in itertools.product(
+        ("eq8", "eq6"), size.questions, size.chunks, size.videos
+    ):
+        name = f"{preset}, {videos} videos, {questions} questions, chunk {chunk}"
+        if videos * chunk > 8 * max(size.chunks) or videos * questions > 64:
+            continue
+        if rows.late(name):
+            return
+        _stream(rows, size, params, preset, videos, questions, chunk, alone)
+
+
+def _vit_alone(rows: Rows, size: Size, params: dict) -> dict[bool, float]:
+    """The ViT by images and kind of attention; the best frames a second of each kind."""
+    best = {False: 0.0, True: 0.0}
+    for images, fused in itertools.product(size.images, (False, True)):
+        name = f"ViT, {images} images, fused {fused}"
+        if rows.late(name):
+            break
+        config = size.config(fused_attention=fused)
+        model, frames = AdaCM2(config), pixels(config, 1, images)
+        call = lambda m=model, f=frames: steps.encode(m, params, f)  # noqa: E731
+        seconds, spread = seconds_of(call, size.least)
+        rate = flops_of(lambda p, f, m=model: steps.encode(m, p, f), params, frames) / seconds
+        share = rows.share(rate, "product", "flops_a_second")
+        best[fused] = max(best[fused], images / seconds)
+        rows.add(name, frames_a_second=images / seconds, share=share, spread=spread)
+    return best
+
+
+def _stream(
+    rows: Rows,
+    size: Size,
+    params: dict,
+    preset: str,
+    videos: int,
+    questions: int,
+    chunk: int,
+    alone: dict[bool, float],
+) -> None:
+    fused = alone[True] > alone[False]
+    config = size.config(memory=memory_preset(preset), fused_attention=fused)
+    model, frames = AdaCM2(config), pixels(config, videos, chunk)
+    asked = ask(config, videos * questions, size.words)
+    valid = jnp.ones((videos, chunk), bool)
+    features = steps.encode(model, params, frames)
+    state = repeat_rows(init_state(config, jnp.zeros(videos, jnp.int32)), questions)
+
+    def read() -> StreamState:
+        nonlocal state
+        state = steps.read(model, params, features, valid, asked, state)
+        return state
+
+    def together() -> StreamState:
+        nonlocal state
+        encoded = steps.encode(model, params, frames)
+        state = steps.read(model, params, encoded, valid, asked, state)
+        return state
+
+    name = f"{preset}, {videos} videos, {questions} questions, chunk {chunk}"
+    count = videos * chunk
+    reading, _ = seconds_of(read, size.least)
+    both, spread = seconds_of(together, size.least)
+    rows.add(
+        name,
+        frames_a_second=count / both,
+        of_the_vit_alone=count / both / max(alone.values()) if any(alone.values()) else None,
+        without_vit_ms_a_frame=reading / count * 1e3,
+        fused=fused,
+        spread=spread,
+    )
+
+
+# --- decode --------------------------------------------------------------------------------------
+
+
+def section_decode(rows: Rows, size: Size) -> None:
+    """The first token and those after it, by rows and beams."""
+    config = size.config()
+    params = draw_params(config, ANSWERING)
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params["llm"]))
+    table = params["llm"]["token_embed"].nbytes  # one row of it is read
+    model = steps.any_policy(config)
+    for batch, beams in ((1, 1), (8, 1), (1, 5), (8, 5)):
+        name = f"{batch} rows, {beams} beams"
+        if rows.late(name):
+            return
+        queries = jax.random.normal(
+            jax.random.key(0), (batch, config.qformer.num_queries, config.qformer.width)
+        ).astype(config.memory_dtype)
+        question = ask(config, batch, size.words)
+
+        def seconds(tokens: int, batch=batch, beams=beams, queries=queries, question=question):
+            options = GenerationConfig(
+                max_new_tokens=tokens, min_new_tokens=tokens, num_beams=beams, eos_ids=()
+            )
+            arguments = queries, question, options, jax.random.key(0), jnp.arange(batch)
+            return seconds_of(lambda: steps.answer(model, params, *arguments), size.least)
+
+        first, _ = seconds(1)
+        whole, spread = seconds(size.new_tokens + 1)
+        step = (whole - first) / size.new_tokens
+        rows.add(
+            name,
+            first_token_ms=first * 1e3,
+            step_ms=step * 1e3,
+            tokens_a_second=batch / step,
+            # Reading every weight once is the least that a step can do.
+            share=rows.share((weights - table) / step, "copy", "bytes_a_second"),
+            spread=spread,
+        )
+
+
+# --- trace ---------------------------------------------------------------------------------------
+
+
+def section_trace(rows: Rows, size: Size) -> None:
+    """Ten chunks of one video and of eight: which kernels take the time, and how many there are."""
+    for videos, fused in ((1, False), (1, True), (8, True)):
+        name = f"{videos} videos, fused {fused}"
+        if rows.late(name):
+            return
+        config = size.config(fused_attention=fused)
+        params = draw_params(config, READING)
+        model, frames = AdaCM2(config), pixels(config, videos, size.chunks[0])
+        asked = ask(config, videos, size.words)
+        valid = jnp.ones(frames.shape[:2], bool)
+        state = init_state(config, jnp.zeros(videos, jnp.int32))
+
+        def chunk(state, model=model, params=params, frames=frames, valid=valid, asked=asked):
+            features = steps.encode(model, params, frames)
+            return steps.read(model, params, features, valid, asked, state)
+
+        for _ in range(3):
+            state = jax.block_until_ready(chunk(state))
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                for _ in range(10):
+                    state = chunk(state)
+                jax.block_until_ready(state)
+            kernels = kernels_of(pathlib.Path(folder))
+        if not kernels:
+            rows.add(name, kernels=None)
+            continue
+        total = sum(time for time, _ in kernels.values())
+        launches = sum(count for _, count in kernels.values())
+        rows.add(name, device_ms_a_chunk=total / 10 / 1e6, launches_a_chunk=launches / 10)
+        for kernel, (time, count) in sorted(kernels.items(), key=lambda item: -item[1][0])[:20]:
+            rows.add(
+                f"{name}: {kernel[:60]}",
+                ms_a_chunk=time / 10 / 1e6,
+                launches_a_chunk=count / 10,
+                share=time / total,
+            )
+
+
+def kernels_of(folder: pathlib.Path) -> dict[str, tuple[float, int]]:
+    """Nanoseconds and launches of every kernel in a trace; empty where no GPU was."""
+    found: dict[str, list[float]] = collections.defaultdict(list)
+    for path in folder.rglob("*.xplane.pb"):
+        for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+            if not plane.name.startswith("/device:GPU"):
+                continue
+            for line in plane.lines:
+                if not line.name.startswith("Stream"):
+                    continue
+                for event in line.events:
+                    found[event.name].append(event.duration_ns)
+    return {name: (sum(times), len(times)) for name, times in found.items()}

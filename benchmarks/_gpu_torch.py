@@ -1,0 +1,211 @@
+"""Section ``torch`` of gpu.py: PyTorch with transformers on the same card.
+
+The ViT is transformers' ``InstructBlipVisionModel`` with scaled-dot-product attention; Q-Former and
+memory are ``_torch_qformer.py`` in its fused form, frame by frame; the language model is
+transformers' ``LlamaForCausalLM`` with ``generate``. All in bfloat16 with random weights, eager and
+by ``torch.compile``. JAX computes nothing here but shapes.
+"""
+
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # the card is PyTorch's
+
+import flax.linen as nn
+import jax
+import numpy as np
+import torch
+import transformers
+
+from adacm2_jax.config import AdaCM2Config
+from adacm2_jax.memory.policies import plan_for
+from adacm2_jax.models.adacm2 import init_params
+from benchmarks._gpu import Rows, Size
+from benchmarks._torch_qformer import StreamingQFormer
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16
+
+
+def wait() -> None:
+    """Until the card has done all that it was given."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_of(call: Callable[[], Any], least: float, windows: int = 5) -> tuple[float, float]:
+    """As ``_gpu.seconds_of``."""
+    for _ in range(3):
+        call()
+    wait()
+    begun = time.perf_counter()
+    call()
+    wait()
+    count = max(1, int(least / max(time.perf_counter() - begun, 1e-9)))
+    found = []
+    for _ in range(windows):
+        begun = time.perf_counter()
+        for _ in range(count):
+            call()
+        wait()
+        found.append((time.perf_counter() - begun) / count)
+    middle = statistics.median(found)
+    return middle, (max(found) - min(found)) / middle
+
+
+def vision_model(config: AdaCM2Config) -> torch.nn.Module:
+    """transformers' ViT with our sizes."""
+    v = config.vision
+    about = transformers.InstructBlipVisionConfig(
+        hidden_size=v.width,
+        intermediate_size=v.mlp_width,
+        num_hidden_layers=v.depth,
+        num_attention_heads=v.num_heads,
+        image_size=v.image_size,
+        patch_size=v.patch_size,
+        attn_implementation="sdpa",
+    )
+    with torch.device(DEVICE):
+        return transformers.InstructBlipVisionModel(about).to(DTYPE).eval()
+
+
+def qformer(config: AdaCM2Config, words: int) -> torch.nn.Module:
+    """Q-Former and memory of one video, with random weights."""
+    shapes = nn.unbox(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        values = rng.standard_normal(leaf.shape, np.float32) * np.float32(0.02)
+        return values + np.float32(path[-1].key == "scale")
+
+    needed = {name: shapes[name] for name in ("ln_vision", "temporal_embed", "qformer")}
+    params = jax.tree_util.tree_map_with_path(draw, needed)
+    plan = plan_for(config)
+
+    def counts(live: int) -> tuple[int, int]:
+        return int(plan.recent[0, live]), int(plan.older[0, live])
+
+    ids = rng.integers(1, config.qformer.vocab_size, words)
+    return StreamingQFormer(params, config, counts, ids, fused=True).to(DEVICE, DTYPE).eval()
+
+
+def language_model(config: AdaCM2Config) -> torch.nn.Module:
+    """transformers' LLaMA with our sizes."""
+    c = config.llm
+    about = transformers.LlamaConfig(
+        vocab_size=c.vocab_size,
+        hidden_size=c.width,
+        intermediate_size=c.mlp_width,
+        num_hidden_layers=c.depth,
+        num_attention_heads=c.num_heads,
+        num_key_value_heads=c.num_kv_heads,
+        max_position_embeddings=c.max_positions,
+        attn_implementation="sdpa",
+        dtype=DTYPE,
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPE)  # never all in float32
+    try:
+        with torch.device(DEVICE):
+            return transformers.LlamaForCausalLM(about).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def section_torch(rows: Rows, size: Size) -> None:
+    """Frames and tokens a second, as ``stream`` and ``decode`` have them."""
+    about = dict(
+        card=torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu", torch=torch.__version__
+    )
+    config = size.config()
+    with torch.inference_mode():
+        _frames(rows, size, config, about)
+        _tokens(rows, size, config, about)
+
+
+def _frames(rows: Rows, size: Size, config: AdaCM2Config, about: dict) -> None:
+    side, p = config.vision.image_size, config.vision.tokens_per_frame
+    vit, reader = vision_model(config), qformer(config, size.words)
+    ways = {"eager": (vit, reader)}
+    if not size.tiny:
+        ways["compiled"] = torch.compile(vit), torch.compile(reader, dynamic=False)
+    for (way, (encode, _)), images in itertools.product(
+        ways.items(), (size.chunks[0], 8 * size.chunks[0])
+    ):
+        name = f"ViT, {images} images, {way}"
+        if rows.late(name):
+            return
+        batch = torch.randn(images, 3, side, side, device=DEVICE, dtype=DTYPE)
+        seconds, spread = seconds_of(lambda e=encode, b=batch: e(b), size.least)
+        rows.add(name, **about, frames_a_second=images / seconds, spread=spread)
+    chunk = size.chunks[0]
+    batch = torch.randn(chunk, 3, side, side, device=DEVICE, dtype=DTYPE)
+    features = torch.randn(chunk, p, config.vision.width, device=DEVICE, dtype=DTYPE)
+    for way, (encode, read) in ways.items():
+        name = f"eq8, 1 videos, 1 questions, chunk {chunk}, {way}"
+        if rows.late(name):
+            return
+        for i in range(3 * chunk):  # until the memory has its length
+            read(features[i % chunk], 200)
+
+        def reading(read=read):
+            for frame in features:
+                read(frame, 200)
+
+        def together(encode=encode, read=read):
+            for frame in encode(batch).last_hidden_state:
+                read(frame, 200)
+
+        alone, _ = seconds_of(reading, size.least)
+        both, spread = seconds_of(together, size.least)
+        rows.add(
+            name,
+            **about,
+            frames_a_second=chunk / both,
+            without_vit_ms_a_frame=alone / chunk * 1e3,
+            spread=spread,
+        )
+
+
+def _tokens(rows: Rows, size: Size, config: AdaCM2Config, about: dict) -> None:
+    model = language_model(config)
+    places = config.qformer.num_queries + size.words
+    for batch, beams, cache in ((1, 1, None), (8, 1, None), (1, 5, None), (1, 1, "static")):
+        name = f"{batch} rows, {beams} beams, {'compiled' if cache else 'eager'}"
+        if rows.late(name):
+            return
+        if cache and size.tiny:
+            continue
+        prompt = torch.randn(batch, places, config.llm.width, device=DEVICE, dtype=DTYPE)
+        mask = torch.ones(batch, places, dtype=torch.long, device=DEVICE)
+
+        def seconds(tokens, prompt=prompt, mask=mask, beams=beams, cache=cache):
+            def call():
+                return model.generate(
+                    inputs_embeds=prompt,
+                    attention_mask=mask,
+                    max_new_tokens=tokens,
+                    min_new_tokens=tokens,
+                    num_beams=beams,
+                    do_sample=False,
+                    pad_token_id=0,
+                    cache_implementation=cache,
+                )
+
+            return seconds_of(call, size.least, windows=3)
+
+        first, _ = seconds(1)
+        whole, spread = seconds(size.new_tokens + 1)
+        step = (whole - first) / size.new_tokens
+        rows.add(
+            name,
+            **about,
+            first_token_ms=first * 1e3,
+            step_ms=step * 1e3,
+            tokens_a_second=batch / step,
+            spread=spread,
+        )

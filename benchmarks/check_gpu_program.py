@@ -1,0 +1,122 @@
+"""What the program for an H100 consists of, by XLA's compiler; no GPU is needed.
+
+    python benchmarks/check_gpu_program.py
+
+Compiles reading for one H100 at full size in bfloat16, one video, a chunk of 16 frames, and counts
+in the optimised program: the kernels that run for every frame in every layer of the memory, those
+of a ViT block, and the largest array of a ViT block, with plain and with fused attention
+(``model.fused_attention``). Exits with 1 if fused attention leaves an array of all logits, or if
+the memory has more kernels than it had. Needs jax[cuda12].
+"""
+
+import math
+import pathlib
+import re
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+import jax
+import jax.numpy as jnp
+
+from adacm2_jax.config import AdaCM2Config, instructblip_vicuna_7b, memory_preset
+from adacm2_jax.inference.steps import encode, read
+from adacm2_jax.models.adacm2 import AdaCM2, Question, init_state
+from adacm2_jax.models.params import abstract_params
+from adacm2_jax.plan.topology import parse_topology, topology_devices
+from adacm2_jax.sharding import make_mesh, replicated
+from benchmarks import _hlo
+
+CHUNK, WORDS = 16, 32
+#: Kernels a frame and layer of the memory, by preset: what is there now, so that it does not grow.
+MOST_KERNELS = {"eq8": 28, "eq6": 28}
+_GROUPS = (("temporal_embed", 1.0), (".*", None))
+
+
+def program(config: AdaCM2Config, step: str) -> str:
+    """The text of ``encode`` or ``read``, optimised for one H100."""
+    (device,) = topology_devices(parse_topology("h100"))
+    mesh = make_mesh((1, 1), [device])
+    model, place = AdaCM2(config), replicated(mesh)
+
+    def shape(dtype, *dims):
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=place)
+
+    params = abstract_params(config, _GROUPS, mesh)
+    side = config.vision.image_size
+    if step == "encode":
+        arguments = params, shape(jnp.uint8, 1, CHUNK, side, side, 3)
+        function = encode
+    else:
+        ids, mask = shape(jnp.int32, 1, WORDS), shape(bool, 1, WORDS)
+        state = jax.tree.map(
+            lambda leaf: shape(leaf.dtype, *leaf.shape),
+            jax.eval_shape(lambda: init_state(config, jnp.zeros(1, jnp.int32))),
+        )
+        tokens = config.vision.tokens_per_frame, config.vision.width
+        features = shape(config.feature_dtype, 1, CHUNK, *tokens)
+        valid, question = shape(bool, 1, CHUNK), Question(ids, mask, ids, mask)
+        arguments = params, features, valid, question, state
+        function = read
+    with jax.set_mesh(mesh):
+        traced = function.trace(model, *arguments)
+        lowered = traced.lower(lowering_platforms=("cuda",))
+    options = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+    return lowered.compile(compiler_options=options).as_text()
+
+
+def largest(lines: list[str]) -> tuple[int, str]:
+    """Bytes and shape of the largest array that an instruction of a loop's body makes.
+
+    What it is handed on from outside (tuples, parts of them) does not count.
+    """
+    sizes = {
+        "f32": 4,
+        "bf16": 2,
+        "f16": 2,
+        "s32": 4,
+        "u32": 4,
+        "pred": 1,
+        "u8": 1,
+    }  # s8 is room of a library
+    found = (0, "")
+    for line in lines:
+        made = re.match(r"\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ([\w\-]+)\(", line)
+        if not made or made[2] not in _hlo.KERNELS:
+            continue
+        for kind, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]+)\]", made[1]):
+            shape = [int(size) for size in dims.split(",")]
+            found = max(found, (sizes.get(kind, 0) * math.prod(shape), f"{kind}[{dims}]"))
+    return found
+
+
+def main() -> int:
+    failures = []
+    print("| program | attention | kernels in the loop | largest array made there | MiB |")
+    print("|---|---|---|---|---|")
+    for fused in (False, True):
+        config = instructblip_vicuna_7b(dtype="bfloat16", fused_attention=fused)
+        body = _hlo.loop_body(program(config, "encode"), _hlo.FRAME_LOOPS["ViT blocks"])
+        size, shape = largest(body)
+        way = "fused" if fused else "plain"
+        count = len(_hlo.kernels(body))
+        print(f"| ViT block | {way} | {count} | {shape} | {size / 2**20:.0f} |", flush=True)
+        tokens = config.vision.tokens_per_frame
+        padded = range(tokens, tokens + 8)
+        squares = [f"{a},{b}]" for a in padded for b in padded]
+        if fused and any("f32[" in line and square in line for line in body for square in squares):
+            failures.append("fused attention leaves an array of all logits in float32")
+    for preset, most in MOST_KERNELS.items():
+        config = instructblip_vicuna_7b(dtype="bfloat16", memory=memory_preset(preset))
+        body = _hlo.loop_body(program(config, "read"), _hlo.FRAME_LOOPS["frames"])
+        count, (size, shape) = len(_hlo.kernels(body)), largest(body)
+        print(f"| memory, {preset} | | {count} | {shape} | {size / 2**20:.1f} |", flush=True)
+        if count > most:
+            failures.append(f"memory, {preset}: {count} kernels a frame and layer, at most {most}")
+    for failure in failures:
+        print(f"does not hold: {failure}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""Products and attention in half precision, against exact arithmetic."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adacm2_jax.models.layers import attention, fused_attention, wide_product
+from tests.oracle import U
+
+HALVES = ("bfloat16", "float16")
+
+
+def normal(seed: int, *shape: int, dtype="bfloat16") -> jax.Array:
+    values = np.random.default_rng(seed).normal(size=shape)
+    return jnp.asarray(values, dtype)
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_a_wide_product_is_not_rounded_to_half_precision(half):
+    x, kernel = normal(0, 3, 5, 64, dtype=half), normal(1, 64, 40, dtype=half)
+    exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
+    found = wide_product(x, kernel)
+    assert found.dtype == jnp.float32
+    # A sum of 64 products, each addition off by at most U of what has been added up.
+    most = np.abs(np.asarray(x, np.float64)) @ np.abs(np.asarray(kernel, np.float64))
+    assert (np.abs(found - exact) <= 64 * U * most).all()
+    assert np.abs(found.astype(half).astype(np.float64) - exact).max() > (64 * U * most).max()
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_the_gradient_of_a_wide_product_is_that_of_one_in_half_precision(half):
+    x, kernel = normal(0, 3, 64, dtype=half), normal(1, 64, 40, dtype=half)
+    weights = normal(2, 3, 40, dtype=half)
+
+    def loss(product):
+        return lambda x, kernel: (product(x, kernel).astype(jnp.float32) * weights).sum()
+
+    mine = jax.grad(loss(wide_product), (0, 1))(x, kernel)
+    other = jax.grad(loss(jnp.matmul), (0, 1))(x, kernel)
+    for found, expected, like in zip(mine, other, (x, kernel), strict=True):
+        assert found.dtype == like.dtype
+        assert np.array_equal(found, expected)
+
+
+def test_in_float32_a_wide_product_is_the_product():
+    x, kernel = normal(0, 3, 64, dtype="float32"), normal(1, 64, 40, dtype="float32")
+    assert np.array_equal(jax.jit(wide_product)(x, kernel), jax.jit(jnp.matmul)(x, kernel))
+
+
+@pytest.mark.parametrize("dtype", ("float32", *HALVES))
+def test_fused_attention_is_plain_attention_where_there_is_no_nvidia_gpu(dtype):
+    query, key, value = (normal(seed, 2, 7, 3, 8, dtype=dtype) for seed in range(3))
+    found = jax.jit(fused_attention)(query, key, value)
+    assert np.array_equal(found, jax.jit(attention)(query, key, value))
