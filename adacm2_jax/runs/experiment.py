@@ -20,6 +20,8 @@ from adacm2_jax.models.params import check_expressions, check_groups
 from adacm2_jax.training.step import StepConfig
 from adacm2_jax.video.sampling import RESIZE_NAMES, Sampling
 
+#: Of a model what may differ from the one that was trained.
+_FREE = [f"model.{x}" for x in ("memory.", "dtype", "qformer_dtype", "remat", "fused_attention")]
 #: Dotted prefixes of the fields that may differ from the stored ones, by what is done with them.
 MAY_CHANGE = {
     # They do not alter what the steps compute; train.steps says where the run ends.
@@ -28,20 +30,17 @@ MAY_CHANGE = {
         *("data.cache", "data.data_dir", "data.workers", "mesh"),
     ),
     "evaluate": (
-        *("model.memory.", "model.dtype", "model.qformer_dtype"),
-        *("model.remat", "model.fused_attention"),
+        *_FREE,
         *("checkpoint.", "data.", "eval.", "generation.", "optim.", "train."),
         *("init_from", "mesh", "seed", "tokenizers"),
     ),
     # What an experiment chooses for itself of a converted checkpoint's model.
     "start": (
-        *("model.memory.", "model.dtype", "model.qformer_dtype"),
-        *("model.remat", "model.fused_attention"),
+        *_FREE,
         *("model.qformer.dropout", "model.temporal_positions"),
         *("model.max_text_len", "model.max_answer_len"),
     ),
 }
-
 
 #: Decoding processes or threads: beyond any machine, but few enough to be started.
 _WORKERS = {"workers": 256}
