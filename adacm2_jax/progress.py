@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any, TextIO
@@ -135,11 +136,37 @@ def compiling(what: str, shown: bool = True) -> Iterator[None]:
     if not shown:
         yield
         return
-    print(f"compiling {what} …", end="", file=sys.stderr, flush=True)
-    begun = time.monotonic()
+    with patience(f"compiling {what}", after=0):
+        yield
+
+
+@contextlib.contextmanager
+def patience(what: str, after: float = 2.0) -> Iterator[None]:
+    """Says in one line on stderr what is being done, and how long it took, where it takes longer.
+
+    Args:
+      what: is done, such as ``loading the model``.
+      after: seconds; what is done by then is not spoken of.
+    """
+    begun, said = time.monotonic(), threading.Event()
+
+    def say() -> None:
+        print(f"{what} …", end="", file=sys.stderr, flush=True)
+        said.set()
+
+    timer = threading.Timer(after, say)
+    timer.daemon = True
+    if after:
+        timer.start()
+    else:
+        say()
     took = "stopped"
     try:
         yield
         took = f"{time.monotonic() - begun:.1f} s"
     finally:
-        print(f" {took}", file=sys.stderr, flush=True)
+        timer.cancel()
+        if after:
+            timer.join()
+        if said.is_set():
+            print(f" {took}", file=sys.stderr, flush=True)

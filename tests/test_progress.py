@@ -2,11 +2,12 @@
 
 import io
 import re
+import time
 
 import pytest
 
 from adacm2_jax import progress
-from adacm2_jax.progress import Progress, compiling, duration
+from adacm2_jax.progress import Progress, compiling, duration, patience
 
 
 class Terminal(io.StringIO):
@@ -88,3 +89,19 @@ def test_compiling_is_one_line_with_its_seconds(clock, capsys):
     with pytest.raises(ValueError), compiling("the step"):
         raise ValueError
     assert capsys.readouterr().err == "compiling the step … stopped\n"
+
+
+def test_what_takes_long_is_told_and_what_does_not_is_not(capsys):
+    with patience("loading the model", after=60):
+        pass
+    assert capsys.readouterr().err == ""
+    with patience("loading the model", after=0.01):
+        time.sleep(0.2)
+    assert re.fullmatch(r"loading the model … 0\.\d s\n", capsys.readouterr().err)
+
+
+def test_what_fails_after_a_while_ends_its_line(capsys):
+    with pytest.raises(ValueError, match="damaged"), patience("loading", after=0.01):
+        time.sleep(0.2)
+        raise ValueError("damaged")
+    assert capsys.readouterr().err == "loading … stopped\n"

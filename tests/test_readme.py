@@ -20,7 +20,8 @@ def block(language: str, containing: str) -> str:
 def as_after_the_quickstart(small_run, directory) -> None:
     (directory / "runs" / "quickstart" / "clips").mkdir(parents=True)
     shutil.copytree(small_run, directory / "runs" / "quickstart" / "main")
-    encode(directory / "runs/quickstart/clips/needle1.mp4", numbered_frames(20), fps=2)
+    for name in ("needle1", "needle2"):
+        encode(directory / f"runs/quickstart/clips/{name}.mp4", numbered_frames(20), fps=2)
 
 
 def test_the_snippet_in_python_answers(small_run, tmp_path, monkeypatch, capsys):

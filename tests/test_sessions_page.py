@@ -22,8 +22,8 @@ def test_the_snippets_run_in_order(small_run, tmp_path, monkeypatch, capsys):
     with quick_compilation():
         for code in blocks:
             exec(compile(code, "docs/sessions.md", "exec"), names)
-    assert names["session"].seen == names["other"].seen == 13
+    assert names["session"].seen == names["other"].seen == 10 and names["watch"].seen == 3
     np.testing.assert_array_equal(names["state"].seen, [16, 9])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].startswith(f"13 frames, {names['session'].size} bytes")
+    assert lines[2].startswith(f"10 frames, {names['session'].size} bytes")
     assert lines[-1] == "[16  9]"

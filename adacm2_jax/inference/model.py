@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import functools
+import itertools
 import math
 import numbers
 import os
@@ -18,7 +19,7 @@ from adacm2_jax.inference.processor import Processor
 from adacm2_jax.inference.reply import Choice, Moment, Reply
 from adacm2_jax.inference.session import Session, SessionModel, open_memory, resume
 from adacm2_jax.inference.study import Study, Watch
-from adacm2_jax.progress import Progress
+from adacm2_jax.progress import Progress, patience
 from adacm2_jax.video.sampling import ONE_A_SECOND, Sampling
 from adacm2_jax.video.stream import Row, VideoFile, lock_step, open_video
 
@@ -60,7 +61,7 @@ class VideoModel:
         self._size, self._chunk = size, chunk
         self._resize, self._on_truncated = resize, on_truncated
         self._answerers: dict[int, Answerer] = {}
-        self.sessions = functools.cache(sessions)
+        self.sessions = functools.cache(patience("loading the model")(sessions))
 
     def ask(
         self,
@@ -247,18 +248,28 @@ class VideoModel:
             raise UserError("questions are empty; ask at least one")
         prompts = self._prompts(questions)
         row = self._open(video, sampling, start, end)
-        answerer = self._answerer(row.total)
+        with patience("loading the model"):
+            answerer = self._answerer(row.total)
         reading = answerer.start(prompts, np.array([row.total]), np.zeros(1, np.uint32))
         if watch:
             watch.begin(answerer, reading, row.total, (1, self._chunk, self._size, self._size, 3))
+
+        def read(frames: np.ndarray, valid: np.ndarray) -> int:
+            answerer.read(reading, frames, valid)
+            count = int(valid.sum())
+            if watch:
+                watch.chunk(reading, count)
+            return count
+
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             chunks = lock_step([row], pool, 1, self._chunk, self._size)
-            with Progress("read", row.total, unit="frames") as progress:
+            done = 0
+            with patience("compiling, then reading the first frames"):
+                for frames, valid in itertools.islice(chunks, 1):
+                    done = read(frames, valid)
+            with Progress("read", row.total, initial=done, unit="frames") as progress:
                 for frames, valid in chunks:
-                    answerer.read(reading, frames, valid)
-                    progress.update(int(valid.sum()))
-                    if watch:
-                        watch.chunk(reading, int(valid.sum()))
+                    progress.update(read(frames, valid))
         if row.error:
             raise DataError(row.error)
         if watch:
@@ -326,9 +337,9 @@ class VideoModel:
     ) -> Iterator[Reply]:
         tokens = answerer.tokens_per_frame
         remembered = answerer.remembered(reading, name)
-        for question, answers, kept in zip(
-            questions, answerer.answer(reading, name), remembered, strict=True
-        ):
+        with patience("compiling, then answering"):
+            found = answerer.answer(reading, name)
+        for question, answers, kept in zip(questions, found, remembered, strict=True):
             total = kept.frames_seen * tokens
             yield Reply(
                 video=str(row.example.video),

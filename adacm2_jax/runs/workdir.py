@@ -175,7 +175,10 @@ def read_config(workdir: str | os.PathLike) -> dict:
     with _finding(workdir):
         path = epath.Path(workdir) / "config.json"
         if not path.exists() and not os.path.islink(path):
-            raise UserError(f"{workdir}: no config.json here; is this a directory of train.py?")
+            below = sorted(found.parent.name for found in epath.Path(workdir).glob("*/config.json"))
+            hint = f"did you mean {epath.Path(workdir) / below[0]}" if below else ""
+            hint = hint or "is this a directory of train.py"
+            raise UserError(f"{workdir}: no config.json here; {hint}?")
     values = _read_json(path)
     if not isinstance(values.get("model"), dict):
         raise damaged(path, "it holds no model")

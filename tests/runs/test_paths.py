@@ -89,3 +89,11 @@ def test_a_bucket_without_what_opens_it_is_one_line(capsys):
     assert run_script("ask", "clip.mp4", "--model=gs://x/y", "--question=which?") == 2
     line = error_line(capsys)
     assert "gs://x/y" in line, line
+
+
+def test_a_run_below_the_directory_that_was_named_is_proposed(tmp_path, capsys):
+    run = tmp_path / "quickstart" / "main"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    assert run_script("ask", "a.mp4", "--model", run.parent, "--question", "?") == 2
+    assert error_line(capsys).endswith(f"no config.json here; did you mean {run}?")
