@@ -13,11 +13,11 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adacm2_jax.config import AdaCM2Config
 from adacm2_jax.models.adacm2 import AdaCM2, call
+from adacm2_jax.models.params import by_path
 from adacm2_jax.sharding import on_every_shard, replicated
 
 
@@ -36,11 +36,13 @@ def describe_vision(config: AdaCM2Config, params: dict | None = None) -> dict:
 
 
 def fingerprint(params: dict) -> str:
-    """A hash of parameters: paths, dtypes, shapes and values, wherever they are."""
+    """A hash of parameters: paths, dtypes, shapes and values, wherever they are and whether layers
+    are stacked or not."""
     digest = hashlib.sha256()
-    for path, leaf in sorted(traverse_util.flatten_dict(params, sep="/").items()):
-        digest.update(f"{path} {leaf.dtype} {leaf.shape}\n".encode())
-        digest.update(np.ascontiguousarray(np.asarray(leaf)).view(np.uint8).data)
+    for path, (leaves, shape) in sorted(by_path(params).items()):
+        digest.update(f"{path} {leaves[0].dtype} {shape}\n".encode())
+        for leaf in leaves:
+            digest.update(np.ascontiguousarray(np.asarray(leaf)).view(np.uint8).data)
     return digest.hexdigest()[:16]
 
 

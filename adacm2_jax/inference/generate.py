@@ -139,7 +139,7 @@ class DecodeState(struct.PyTreeNode):
 
     #: int32: tokens chosen so far.
     step: jax.Array
-    #: leaves [layers, B·K, …]: what the model has read of every beam: all but its newest token.
+    #: leaves [B·K, …]: what the model has read of every beam: all but its newest token.
     cache: KVCache
     #: [B, K] open sequences, best first; scores not yet divided by length, −inf for a dead beam.
     running: Generated
@@ -392,14 +392,14 @@ def _take_beams(cache: KVCache, parent: jax.Array) -> KVCache:
     """
     batch = len(parent)
 
-    def take(leaf: jax.Array, axis: int) -> jax.Array:
-        rows = leaf.reshape(leaf.shape[:axis] + (batch, -1) + leaf.shape[axis + 1 :])
-        pick = jax.vmap(lambda row, chosen: jnp.take(row, chosen, axis), (axis, 0), axis)
-        return pick(rows, parent).reshape(leaf.shape[:axis] + (-1,) + leaf.shape[axis + 1 :])
+    def take(leaf: jax.Array) -> jax.Array:
+        rows = leaf.reshape((batch, -1) + leaf.shape[1:])
+        pick = jax.vmap(lambda row, chosen: jnp.take(row, chosen, axis=0))
+        return pick(rows, parent).reshape((-1,) + leaf.shape[1:])
 
-    return replace(
-        cache, key=take(cache.key, 1), value=take(cache.value, 1), mask=take(cache.mask, 0)
-    )
+    arrays = cache.key, cache.value, cache.mask
+    key, value, mask = jax.tree.map(take, arrays)
+    return replace(cache, key=key, value=value, mask=mask)
 
 
 def _row_keys(config: GenerationConfig, batch: int, rng: jax.Array | None) -> jax.Array | None:

@@ -28,10 +28,10 @@ from adacm2_jax.sharding import rows_sharded
 class KVCache(struct.PyTreeNode):
     """Keys and values of all layers, at a fixed length; an argument and a result of the decoder."""
 
-    #: [layers, B, length, KV heads, D].
-    key: jax.Array
-    #: [layers, B, length, KV heads, D].
-    value: jax.Array
+    #: of every layer [B, length, KV heads, D].
+    key: tuple[jax.Array, ...]
+    #: of every layer [B, length, KV heads, D].
+    value: tuple[jax.Array, ...]
     #: bool[B, length]: which places hold a real token.
     mask: jax.Array
     #: int32: places written so far, the same for the whole batch.
@@ -39,10 +39,10 @@ class KVCache(struct.PyTreeNode):
 
 
 def init_cache(config: LlamaConfig, batch: int, length: int, dtype) -> KVCache:
-    shape = (config.depth, batch, length, config.num_kv_heads, config.head_dim)
+    shape = (batch, length, config.num_kv_heads, config.head_dim)
     return KVCache(
-        key=jnp.zeros(shape, dtype),
-        value=jnp.zeros(shape, dtype),
+        key=tuple(jnp.zeros(shape, dtype) for _ in range(config.depth)),
+        value=tuple(jnp.zeros(shape, dtype) for _ in range(config.depth)),
         mask=jnp.zeros((batch, length), bool),
         index=jnp.zeros((), jnp.int32),
     )
@@ -110,6 +110,10 @@ class Llama(nn.Module):
     the module without a cache computes a whole sequence (training); with one, it appends S tokens
     to what the cache holds (prefill with S = prompt, then S = 1). ``logits`` is a method of its
     own, so that nobody pays for a vocabulary of logits at places that are not read.
+
+    The parameters of its layers are stacked, and scanned over. Where they are a tuple, one tree a
+    layer (``params.unstacked``), the layers follow one another in the program: the same results,
+    and no layer's weights are copied out of the stack for every token.
     """
 
     config: LlamaConfig
@@ -160,20 +164,32 @@ class Llama(nn.Module):
         if cache is not None:
             index = cache.index
             known = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, index, 1)
-            layer_cache = (cache.key, cache.value)
+            layer_cache = tuple(zip(cache.key, cache.value, strict=True))
         place = index + jnp.arange(length)
         causal = jnp.arange(known.shape[1]) <= place[:, None]
-        x, layer_cache = self.layers(
-            rows_sharded(embeddings),
-            positions,
-            causal[None, None] & known[:, None, None],
-            index,
-            layer_cache,
+        seen = causal[None, None] & known[:, None, None]
+        x, layer_cache = self._through_layers(
+            rows_sharded(embeddings), positions, seen, index, layer_cache
         )
         if cache is not None:
-            key, value = layer_cache
+            key, value = zip(*layer_cache, strict=True)
             cache = KVCache(key=key, value=value, mask=known, index=index + length)
         return self.norm(x), cache
+
+    def _through_layers(self, x: jax.Array, positions, mask, index, caches):
+        """All layers; ``caches`` is None or (key, value) of each, and so is what is returned."""
+        apart: Any = self.get_variable("params", "layers")
+        if not isinstance(apart, tuple):
+            stacked = caches and jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
+            x, stacked = self.layers(x, positions, mask, index, stacked)
+            if caches is None:
+                return x, None
+            return x, tuple(zip(*map(tuple, stacked), strict=True))
+        layer, after = Layer(self.config, parent=None), []
+        for own, cache in zip(apart, caches or [None] * len(apart), strict=True):
+            x, cache = layer.apply({"params": own}, x, positions, mask, index, cache)
+            after.append(cache)
+        return x, caches and tuple(after)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[…, W] → float32[…, vocabulary]."""

@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 from flax import traverse_util
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adacm2_jax.config import AdaCM2Config, check_finite
 from adacm2_jax.errors import UserError
@@ -87,6 +88,54 @@ def split_params(params, groups: Sequence[Group]) -> tuple[dict, dict]:
 def join_params(learned: dict, frozen: dict) -> dict:
     """The parameter tree again."""
     return traverse_util.unflatten_dict({**learned, **frozen}, sep="/")
+
+
+def unstacked(params: dict) -> dict:
+    """The parameters as answering is fastest: each layer of the language model with its own.
+
+    A loop over stacked layers copies each layer's weights out of the stack for every token, which
+    takes two to three times as long as reading them. Only the language model's layers are taken
+    apart: a product of the ViT has rows enough to hide the copy.
+
+    Args:
+      params: of a model, or their shapes. Its stacked arrays are used up, one after the other, so
+        that no more than one of them is held twice.
+    """
+    stack = params["llm"]["layers"]
+    leaves, structure = jax.tree.flatten(stack)
+    parts = [_split(leaf) for leaf in leaves]
+    layers = tuple(jax.tree.unflatten(structure, own) for own in zip(*parts, strict=True))
+    return params | {"llm": params["llm"] | {"layers": layers}}
+
+
+def _split(leaf: Any) -> Sequence[Any]:
+    """[layers, …] → so many arrays […], each where its part of the leaf was; the leaf is freed."""
+    place = leaf.sharding
+    if isinstance(place, NamedSharding):
+        place = NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=place)] * leaf.shape[0]
+    apart = jax.jit(lambda leaf: [*leaf], out_shardings=[place] * len(leaf))(leaf)
+    jax.block_until_ready(apart)
+    leaf.delete()
+    return apart
+
+
+def by_path(params: dict) -> dict[str, tuple[list[jax.Array], tuple[int, ...]]]:
+    """path → the arrays of a parameter and the shape of all together: one array, or one a layer
+    where they are :func:`unstacked`."""
+    found: dict[str, list[jax.Array]] = {}
+    apart = set()
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = [str(key.key) for key in keys if isinstance(key, jax.tree_util.DictKey)]
+        path = "/".join(names)
+        found.setdefault(path, []).append(leaf)
+        if len(names) < len(keys):
+            apart.add(path)
+    return {
+        path: (leaves, (len(leaves),) * (path in apart) + leaves[0].shape)
+        for path, leaves in found.items()
+    }
 
 
 def abstract_params(config: AdaCM2Config, groups: Sequence[Group], mesh: Mesh) -> dict:

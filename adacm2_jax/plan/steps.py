@@ -27,7 +27,7 @@ from adacm2_jax.models.adacm2 import (
     init_state,
     state_specs,
 )
-from adacm2_jax.models.params import abstract_params, split_params
+from adacm2_jax.models.params import abstract_params, split_params, unstacked
 from adacm2_jax.runs.experiment import Experiment
 from adacm2_jax.sharding import replicated, rows_per_process
 from adacm2_jax.training.optim import make_optimizer
@@ -172,7 +172,7 @@ def _stream(plan: Plan, mesh: Mesh) -> tuple[Any, tuple]:
         return read(model, params, encode(model, params, frames), valid, question, state)
 
     arguments = (
-        plan_params(plan, mesh),
+        unstacked(plan_params(plan, mesh)),
         rows(jnp.uint8, plan.frames, *_pixels(plan.model)),
         rows(bool, plan.frames),
         _question(plan, mesh, plan.model.max_text_len),
@@ -188,7 +188,7 @@ def _decode(plan: Plan, mesh: Mesh) -> tuple[Any, tuple]:
         return generate(model, params, state.queries, question, plan.generation)
 
     arguments = (
-        plan_params(plan, mesh),
+        unstacked(plan_params(plan, mesh)),
         stream_state(plan, mesh),
         _question(plan, mesh, plan.model.max_text_len),
     )

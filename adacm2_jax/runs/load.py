@@ -19,7 +19,7 @@ from adacm2_jax.inference.model import VideoModel
 from adacm2_jax.inference.processor import Processor
 from adacm2_jax.inference.session import SessionModel
 from adacm2_jax.memory.policies import newest_instead
-from adacm2_jax.models.params import abstract_params, fresh_params, join_params
+from adacm2_jax.models.params import abstract_params, fresh_params, join_params, unstacked
 from adacm2_jax.runs import experiment as experiments
 from adacm2_jax.runs.checkpoint import find_params, restore_params
 from adacm2_jax.runs.experiment import MAY_CHANGE, Experiment, check_same
@@ -246,7 +246,7 @@ def _check_full(experiment: Experiment, frames: int) -> None:
 
 
 def load_params(experiment: Experiment, directory: str | os.PathLike) -> dict:
-    """Parameters alone, on whatever devices this process has.
+    """Parameters alone, as answering has them (``params.unstacked``), on this process's devices.
 
     Args:
       experiment: whose model they must fit.
@@ -261,9 +261,10 @@ def load_params(experiment: Experiment, directory: str | os.PathLike) -> dict:
     abstract = abstract_params(experiment.model, experiment.optim.groups, mesh)
     source = _start_of(experiment, directory)
     if source is None:
-        return join_params(restore_params(directory, abstract, base=experiment.init_from), {})
-    return start_params(
-        source, experiment.model, abstract, experiment.init_missing, experiment.seed
+        found = restore_params(directory, abstract, base=experiment.init_from)
+        return unstacked(join_params(found, {}))
+    return unstacked(
+        start_params(source, experiment.model, abstract, experiment.init_missing, experiment.seed)
     )
 
 

@@ -1,0 +1,75 @@
+"""A language model whose layers have parameters of their own answers as one whose are stacked."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adacm2_jax.config import tiny
+from adacm2_jax.inference.encoder import fingerprint
+from adacm2_jax.inference.generate import GenerationConfig, generate
+from adacm2_jax.models.adacm2 import AdaCM2, Question, call, init_params
+from adacm2_jax.models.params import unstacked
+from tests.small import quick_compilation
+
+CONFIG = tiny()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with quick_compilation():
+        yield
+
+
+def stacked(config=CONFIG) -> dict:
+    return nn.unbox(jax.jit(init_params, static_argnums=0)(config, jax.random.key(0)))
+
+
+def asked() -> tuple[jax.Array, Question]:
+    rng = np.random.default_rng(1)
+    shape = (2, CONFIG.qformer.num_queries, CONFIG.qformer.width)
+    queries = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    ids = jnp.asarray(rng.integers(3, 500, (2, 6)), jnp.int32)
+    mask = jnp.asarray([[False] * 2 + [True] * 4, [True] * 6])
+    return queries, Question(ids, mask, ids, mask)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_answers_are_the_same_token_for_token(beams):
+    options = GenerationConfig(max_new_tokens=6, num_beams=beams, num_return=beams)
+    run = jax.jit(generate, static_argnums=(0, 4))
+    one, other = (
+        run(AdaCM2(CONFIG), params, *asked(), options)
+        for params in (stacked(), unstacked(stacked()))
+    )
+    assert np.array_equal(one.ids, other.ids)
+    # The same sums, in programs that may round them differently.
+    np.testing.assert_allclose(one.scores, other.scores, rtol=1e-5)
+
+
+def test_likelihoods_are_the_same():
+    queries, question = asked()
+    targets = jnp.asarray(question.llm_mask).at[:, :4].set(False)
+    run = jax.jit(call, static_argnums=(0, 2))
+    one, other = (
+        run(AdaCM2(CONFIG), params, "log_likelihood", queries, question, targets)
+        for params in (stacked(), unstacked(stacked()))
+    )
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_fingerprint_does_not_tell_them_apart(depth):
+    config = dataclasses.replace(CONFIG, llm=dataclasses.replace(CONFIG.llm, depth=depth))
+    params = stacked(config)
+    layers = params["llm"]["layers"]
+    whole = fingerprint(params)
+    apart = unstacked(params)
+    assert len(apart["llm"]["layers"]) == depth and fingerprint(apart) == whole
+    changed = jax.tree.map(lambda leaf: leaf, apart)
+    changed["llm"]["layers"][-1]["mlp_norm"]["scale"] += 1
+    assert fingerprint(changed) != whole
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(layers))  # never held twice
