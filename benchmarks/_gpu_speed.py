@@ -12,6 +12,7 @@ from adacm2_jax.config import memory_preset
 from adacm2_jax.inference import steps
 from adacm2_jax.inference.generate import GenerationConfig
 from adacm2_jax.models.adacm2 import AdaCM2, StreamState, init_state, repeat_rows
+from adacm2_jax.models.params import unstacked
 from benchmarks._gpu import (
     ANSWERING,
     READING,
@@ -123,22 +124,31 @@ def _stream(
 
 
 def section_decode(rows: Rows, size: Size) -> None:
-    """The first token and those after it, by rows and beams."""
+    """The first token and those after it, by rows and beams; once with stacked layers, too."""
     config = size.config()
     params = draw_params(config, ANSWERING)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params["llm"]))
     table = params["llm"]["token_embed"].nbytes  # one row of it is read
     model = steps.any_policy(config)
-    for batch, beams in ((1, 1), (8, 1), (1, 5), (8, 5)):
-        name = f"{batch} rows, {beams} beams"
+    for batch, beams, apart in (
+        (1, 1, False),
+        (1, 1, True),
+        (8, 1, True),
+        (1, 5, True),
+        (8, 5, True),
+    ):
+        name = f"{batch} rows, {beams} beams{'' if apart else ', stacked layers'}"
         if rows.late(name):
             return
+        if apart and not isinstance(params["llm"]["layers"], tuple):
+            params = unstacked(params)
         queries = jax.random.normal(
             jax.random.key(0), (batch, config.qformer.num_queries, config.qformer.width)
         ).astype(config.memory_dtype)
         question = ask(config, batch, size.words)
 
-        def seconds(tokens: int, batch=batch, beams=beams, queries=queries, question=question):
+        def seconds(tokens, batch=batch, beams=beams, given=(params, queries, question)):
+            params, queries, question = given
             options = GenerationConfig(
                 max_new_tokens=tokens, min_new_tokens=tokens, num_beams=beams, eos_ids=()
             )
