@@ -19,6 +19,9 @@ from adacm2_jax.inference.generate import GenerationConfig, nucleus, penalised
 from adacm2_jax.models.adacm2 import AdaCM2, Question, call
 from adacm2_jax.models.llama import KVCache, init_cache
 
+#: Up to this temperature the most probable token is taken: a quotient might not be finite.
+_COLDEST = 1e-6
+
 
 class Row(struct.PyTreeNode):
     """One answer while it is written; in a table every leaf has an axis R in front."""
@@ -31,7 +34,7 @@ class Row(struct.PyTreeNode):
     length: jax.Array
     #: float32: their summed log-probability.
     score: jax.Array
-    #: float32: 0 takes the most probable token.
+    #: float32: 0 takes the most probable token, and so does what is next to nothing.
     temperature: jax.Array
     #: float32: of sampling; see ``GenerationConfig``.
     top_p: jax.Array
@@ -135,10 +138,10 @@ def _write(row: Row, logits: jax.Array, config: GenerationConfig) -> tuple[Row, 
     """Chooses a token; logits float32[vocabulary]. A row that is full stays as it is."""
     step, room = row.length, config.max_new_tokens
     scores: Any = penalised(logits[None], row.ids[None], step, config)
-    warm = scores / jnp.where(row.temperature > 0, row.temperature, 1)
+    sampled = row.temperature > _COLDEST
+    warm = scores / jnp.where(sampled, row.temperature, 1)
     warm = jnp.where(row.top_p < 1, nucleus(warm, row.top_p), warm)
     drawn = jax.random.categorical(jax.random.fold_in(row.key, step), warm[0])
-    sampled = row.temperature > 0
     token = jnp.where(sampled, drawn, scores[0].argmax()).astype(jnp.int32)
     log_probs = jax.nn.log_softmax(jnp.where(sampled, warm, scores)[0])
     full = step >= room

@@ -331,6 +331,7 @@ def nucleus(logits: jax.Array, top_p: Any) -> jax.Array:
     order = jnp.argsort(logits, axis=-1, descending=True)
     mass = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1)), axis=-1)
     keep = jnp.pad(mass[:, :-1], ((0, 0), (1, 0))) < top_p
+    keep = keep.at[:, 0].set(True)  # also where float32 makes 0 of top_p
     return jnp.where(
         jnp.take_along_axis(keep, jnp.argsort(order, axis=-1), axis=-1), logits, -jnp.inf
     )

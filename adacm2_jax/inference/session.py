@@ -1,80 +1,33 @@
 """Sessions: a stream of frames that may be asked at any moment, in constant memory.
 
 The values and the compiled steps are in ``session_steps.py``. A :class:`Session` holds one such
-value, and a :class:`SessionModel` what all sessions of a model share.
+value, and a ``SessionModel`` (``session_model.py``) what all sessions of a model share.
 """
 
 import concurrent.futures
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
-from adacm2_jax.config import AdaCM2Config, MemoryConfig, from_dict, to_dict
+from adacm2_jax.config import MemoryConfig, from_dict, to_dict
 from adacm2_jax.errors import DataError, UserError, check_kind, check_text
 from adacm2_jax.inference import evidence, session_file, session_steps, steps
 from adacm2_jax.inference.answerer import Answer
-from adacm2_jax.inference.generate import Generated, GenerationConfig
-from adacm2_jax.inference.processor import Processor
+from adacm2_jax.inference.generate import Generated
 from adacm2_jax.inference.reply import Moment, Reply
-from adacm2_jax.inference.session_steps import SessionModels, SessionState
+from adacm2_jax.inference.session_model import SessionModel, open_memory
+from adacm2_jax.inference.session_steps import SessionState
 from adacm2_jax.memory.policies import bound_of, newest_instead
-from adacm2_jax.models.adacm2 import AdaCM2, Question, StreamState
+from adacm2_jax.models.adacm2 import Question, StreamState
 from adacm2_jax.video.sampling import Sampling
 from adacm2_jax.video.stream import VideoFile, lock_step, open_video
 
-
-def open_memory(tokens: int) -> MemoryConfig:
-    """The memory of questions that nobody has asked yet: two tokens of each kind, as many kinds as
-    it holds; see ``slots.novelty``."""
-    return MemoryConfig(policy="budget", capacity=tokens, recent_ratio=0, novelty=1.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class SessionModel:
-    """What all sessions of one model share; each function is compiled once for all of them.
-
-    Attributes:
-      config: the model; its memory is that of known questions.
-      params: its parameters.
-      processor: its tokenizers.
-      generation: how answers are decoded.
-      ask_as: a question → what the networks read.
-      chunk: F, frames that pass through the networks together.
-      resize: how frames are made square; see ``video/resize.py``.
-      on_truncated: of a file that is cut short: ``error`` or ``use``.
-      fingerprint: called for what tells the parameters from others'.
-      narrowest: tokens that questions are padded to at least, so that more of them have one shape.
-    """
-
-    config: AdaCM2Config
-    params: dict
-    processor: Processor
-    generation: GenerationConfig
-    ask_as: Callable[[str], str]
-    chunk: int
-    resize: str
-    on_truncated: str
-    fingerprint: Callable[[], str]
-    narrowest: int = 0
-
-    def models(self, memory: MemoryConfig) -> SessionModels:
-        """The networks with the memory of known questions, and with an open one."""
-        opened = dataclasses.replace(self.config, memory=memory)
-        return SessionModels(AdaCM2(self.config), AdaCM2(opened))
-
-    def placed(self, state: SessionState) -> SessionState:
-        """A state that lies as every other, on the parameters' one device: JAX compiles once more
-        for arrays that lie there but say so in other words. Nothing is copied."""
-        where = jax.tree.leaves(self.params)[0].sharding
-        if not isinstance(where, NamedSharding) or where.mesh.size > 1:
-            return state
-        return jax.device_put(state, NamedSharding(where.mesh, PartitionSpec()))
+__all__ = ["Look", "Session", "SessionModel", "open_memory", "push_together", "resume"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,13 +73,16 @@ class Session:
         seconds_per_frame: float,
         memory: MemoryConfig,
         state: SessionState | None = None,
+        known: Question | None = None,
     ):
         self.questions, self.seconds_per_frame = tuple(questions), seconds_per_frame
         self.model, self._memory = model, memory
         self.rival: Session | None = None
         self._models = model.models(memory)
-        self._known = self._encode(self.questions) if self.questions else None
-        self._generic = self._encode([""])
+        self._known = known  # unless somebody has encoded them before
+        if known is None and self.questions:
+            self._known = model.encode(self.questions)
+        self._generic = model.encode([""])
         if state is None:
             state = model.placed(session_steps.begin(self._models, 1, len(self.questions)))
         self.state = state
@@ -250,8 +206,12 @@ class Session:
             return [self._reply(look, moments) for look in self._look_known(self.questions)]
         return self._reply(self.look(question), moments)
 
-    def look(self, question: str) -> Look:
+    def look(self, question: str, asked: Question | None = None) -> Look:
         """What an answer is to be written from.
+
+        Args:
+          question: known or not.
+          asked: the same from ``SessionModel.encode``, where somebody has it.
 
         Raises:
           UserError: as :meth:`ask`.
@@ -259,7 +219,7 @@ class Session:
         check_text(check_kind(question, str, "question", "a text"), "a question")
         if question in self.questions:
             return self._look_known([question])[0]
-        asked = self._encode([question])
+        asked = self.model.encode([question]) if asked is None else asked
         frames = self._seen_some()
         queries = session_steps.ask_late(self._models, self.model.params, self.state, asked)
         return Look(question, asked, queries, "open", frames, self.state.open, 0)
@@ -335,11 +295,6 @@ class Session:
             ),
         )
 
-    def _encode(self, questions: Sequence[str]) -> Question:
-        prompts = [self.model.ask_as(question) if question else "" for question in questions]
-        width = max(self.model.processor.width(prompts), self.model.narrowest)
-        return self.model.processor.questions(prompts, width)
-
     def begin_rival(self) -> "Session":
         """What this session is compared with: as many tokens, but always the newest.
 
@@ -358,7 +313,8 @@ class Session:
     def fork(self) -> "Session":
         """Another session with the same past and a future of its own."""
         state = jax.tree.map(lambda leaf: leaf.copy(), self.state)
-        return Session(self.model, self.questions, self.seconds_per_frame, self._memory, state)
+        made = self.model, self.questions, self.seconds_per_frame, self._memory
+        return Session(*made, state, self._known)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the session to one file (safetensors), which gets its name when it is complete.

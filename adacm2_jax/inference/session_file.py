@@ -7,6 +7,8 @@ import struct
 from typing import Any
 
 import jax
+from safetensors import SafetensorError, safe_open
+from safetensors.flax import save  # now: a server without a free descriptor could not later
 
 from adacm2_jax.errors import UserError, printable, reason
 from adacm2_jax.files import check_writable, write_bytes
@@ -28,8 +30,6 @@ def write(path: str | os.PathLike, about: dict[str, Any], state: SessionState) -
     Raises:
       UserError: if it cannot be written.
     """
-    from safetensors.flax import save
-
     path = pathlib.Path(path)
     check_writable(path.parent, f"the session goes to {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,15 +49,13 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, jax.Array]]
     Raises:
       UserError: for a file that is none, or is damaged.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = pathlib.Path(path)
     _check_file(path)
     try:
         with safe_open(path, framework="flax") as file:
             about = json.loads((file.metadata() or {})[_KEY])
             leaves = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise _damaged(path, reason(error)) from error
     return _checked(path, about), leaves
 
@@ -75,7 +73,7 @@ def read_about(path: str | os.PathLike) -> dict[str, Any]:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(min(length, 1 << 24)))
         about = json.loads(header["__metadata__"][_KEY])
-    except (OSError, KeyError, ValueError, TypeError, struct.error) as error:
+    except (OSError, KeyError, ValueError, TypeError, RecursionError, struct.error) as error:
         raise _damaged(path, reason(error)) from error
     return _checked(path, about)
 

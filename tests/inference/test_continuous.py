@@ -115,3 +115,11 @@ def test_a_full_row_writes_nothing_more():
     table, new = continuous.advance(model, params, table, never)
     np.testing.assert_array_equal(table.ids, before[0])
     np.testing.assert_array_equal(table.score, before[1])
+
+
+def test_what_is_next_to_nothing_makes_no_nan():
+    """A top_p and a temperature that float32 rounds to 0, or to what no logit can be divided by."""
+    _, plain = begun(0, *DRAWN[0], width=8)
+    for temperature, top_p in ((1.0, 1e-50), (1e-40, 1.0), (1e-50, 0.5)):
+        _, written = begun(0, temperature, top_p, width=8)
+        assert int(written.token) == int(plain.token) and np.isfinite(written.score)

@@ -219,6 +219,9 @@ def test_top_p_breaks_ties_by_the_lower_id_and_always_keeps_one():
         assert np.isfinite(nucleus(equal, top_p))[0].tolist() == [True] * kept + [False] * (
             4 - kept
         )
+    # As in a program that is compiled once for every value: float32 makes 0 of this one.
+    one = nucleus(jnp.array([[1.0, 3.0, 2.0]]), jnp.float32(1e-50))
+    assert np.isfinite(one)[0].tolist() == [False, True, False]
 
 
 def test_samples_repeat_by_key_and_differ_between_keys_and_rows():
