@@ -151,10 +151,8 @@ def _sessions(server: Server) -> fastapi.APIRouter:
         if len(set(body.questions)) < len(body.questions):
             raise UserError("one of the questions stands twice; give each once")
 
-        def act(table: Any, _: Any) -> Any:
-            return table.open(body.questions, body.seconds_per_frame, body.open_tokens).describe()
-
-        return await server.run(Call(), service.on_table, act)
+        made = body.questions, body.seconds_per_frame, body.open_tokens
+        return await server.run(Call(), service.open, *made)
 
     @router.get("")
     async def list_sessions() -> Any:

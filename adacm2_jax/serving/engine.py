@@ -3,25 +3,26 @@
 What callers want waits in the queue of its session, in order; a question is answered from what its
 session had seen when its turn came. A turn of the engine does three small things: it begins an
 answer if a row is free, it reads a chunk of frames of up to ``rows`` sessions, and it writes one
-token of every answer.
+token of every answer (``answers.py``). What goes wrong in a turn ends what it was done for, and
+never the engine.
 """
 
 import concurrent.futures
-import dataclasses
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from adacm2_jax.errors import UserError
-from adacm2_jax.inference import continuous, steps
-from adacm2_jax.inference.answerer import Answer
-from adacm2_jax.inference.reply import Reply
-from adacm2_jax.inference.session import Look, Session, SessionModel, push_together
+from adacm2_jax.inference.session import Session, SessionModel, push_together
+from adacm2_jax.models.adacm2 import Question
+from adacm2_jax.progress import compiling
+from adacm2_jax.serving.answers import Answers
 from adacm2_jax.serving.limits import BusyError, Limits, MissingError
 from adacm2_jax.serving.operations import (
     Act,
@@ -29,25 +30,11 @@ from adacm2_jax.serving.operations import (
     CancelledError,
     Operation,
     Push,
-    Said,
     Wish,
 )
 from adacm2_jax.serving.table import Entry, Table
 
 _log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass
-class _Writing:
-    """An answer in a row of the table."""
-
-    ask: Ask
-    session: Session
-    look: Look
-    reply: Reply
-    prompt_tokens: int
-    ids: list[int] = dataclasses.field(default_factory=list)
-    said: str = ""
 
 
 class Engine:
@@ -58,6 +45,13 @@ class Engine:
       limits: rows and queues.
       make_table: called in the engine's thread.
       watch: told of what happens: (name, value); see ``metrics.py``.
+
+    Attributes:
+      table: of the sessions.
+      ready: done when it may be used.
+      failed: what ended it, or None.
+      unsaved: names of the sessions that could not be saved when it ended.
+      on_end: called in its thread when it has ended by itself, and saved what can be saved.
     """
 
     def __init__(
@@ -69,31 +63,31 @@ class Engine:
     ):
         self._model, self._limits, self._watch = model, limits, watch
         self._make_table = make_table
-        self._writer = steps.any_policy(model.config)
-        self._options = dataclasses.replace(
-            model.generation,
-            num_beams=1,
-            num_return=1,
-            temperature=0.0,
-            top_p=1.0,
-            eos_ids=(model.processor.eos_id,),
-            pad_id=model.processor.pad_id,
-        )
-        self._width = model.config.max_text_len
         self._changed = threading.Condition()
         self._loose: list[tuple[str | Entry | None, Operation]] = []  # not yet with its session
         self._waiting, self._counting = 0, threading.Lock()
         self._stop = self._woken = False
-        self._writing: list[_Writing | None] = [None] * limits.rows
+        self._answers = Answers(model, limits.rows, watch)
+        self._compiled: set[Any] = set()
         self.table: Any = None
-        self._rows: Any = None
+        self.failed: BaseException | None = None
+        self.unsaved: list[str] = []
+        self.on_end: Callable[[], None] = lambda: None
         self.ready: concurrent.futures.Future = concurrent.futures.Future()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest answer."""
-        return self._options.max_new_tokens
+        return self._answers.longest
+
+    def encode(self, questions: Sequence[str]) -> Question | None:
+        """Questions as the networks read them; None for none. For the thread of who asks.
+
+        Raises:
+          UserError: for one that is too long.
+        """
+        return self._model.encode(questions) if questions else None
 
     def start(self) -> None:
         """Compiles what every request needs and takes over the sessions on disk.
@@ -165,13 +159,18 @@ class Engine:
         self.ready.set_result(None)
         try:
             self._loop()
-        except BaseException:
+        except BaseException as error:
+            self.failed = error
             _log.exception("the engine has ended")
-            raise
-        finally:
-            with self._changed:
-                self._stop = True
+        with self._changed:
+            self._stop = True
+        try:
             self._end()
+        except BaseException as error:
+            self.failed = self.failed or error
+            _log.exception("the engine could not save its sessions")
+        if self.failed is not None:
+            self.on_end()
 
     def _loop(self) -> None:
         tidied = time.monotonic()
@@ -181,10 +180,18 @@ class Engine:
                     return
                 loose, self._loose, self._woken = self._loose, [], False
             self._sort(loose)
-            busy = self._turn()
+            try:
+                busy = self._turn()
+            except Exception as error:
+                _log.exception("a turn of the engine failed")
+                self._give_up(error)
+                busy = True
             if (now := time.monotonic()) - tidied > 1:
                 tidied = now
-                self._tidy(now)
+                try:
+                    self.table.tidy(now)
+                except Exception:
+                    _log.exception("sessions could not be saved")
             with self._changed:
                 if not (busy or self._loose or self._woken or self._stop):
                     self._changed.wait(0.5)
@@ -196,19 +203,16 @@ class Engine:
                 operation.fail(gone)
         for _, operation in self._loose:
             operation.fail(gone)
-        for writing in self._writing:
-            if writing:
-                writing.ask.fail(gone)
-        try:
-            self.table.save_all()
-        except UserError as error:
-            _log.warning("%s", error)
+        self._answers.fail(gone)
+        self.unsaved = self.table.save_all()
 
-    def _tidy(self, now: float) -> None:
-        try:
-            self.table.tidy(now)
-        except UserError as error:  # a full disk: what is on the device stays there
-            _log.warning("%s", error)
+    def _give_up(self, error: Exception) -> None:
+        """Ends what a turn may have been about, so that the next one is about something else."""
+        for entry in self.table:
+            if entry.operations:
+                entry.operations.popleft().fail(error)
+        self._answers.fail(error)
+        self._answers.clear()
 
     def _sort(self, loose: list[tuple[str | Entry | None, Operation]]) -> None:
         """Operations go to their sessions; those of the whole table are done at once."""
@@ -232,7 +236,7 @@ class Engine:
         for entry in heads:
             busy |= self._short(entry)
         busy |= self._push([entry for entry in heads if entry.operations])
-        busy |= self._write()
+        busy |= self._answers.write()
         return busy
 
     def _short(self, entry: Entry) -> bool:
@@ -245,9 +249,7 @@ class Engine:
             elif isinstance(head, Act):
                 self._act(head, entry)
             elif isinstance(head, Ask):
-                if None not in self._writing:
-                    break
-                if not self._begin(entry, head):
+                if self._answers.full or not self._begin(entry, head):
                     break
             else:
                 break
@@ -273,7 +275,10 @@ class Engine:
         busy, kind = False, None
         for entry in entries:
             head = entry.operations[0]
-            if not isinstance(head, Push) or head.chunks.empty():
+            if not isinstance(head, Push):
+                continue
+            head.come()
+            if head.chunks.empty():
                 continue
             frames = head.chunks.queue[0]
             if frames is None or isinstance(frames, BaseException):
@@ -307,15 +312,22 @@ class Engine:
     def _push_together(self, together: list[tuple[Entry, Push, np.ndarray]]) -> None:
         began = time.monotonic()
         sessions = [self.table.bring_back(entry) for entry, _, _ in together]
+        before = [session.state for session in sessions]
         frames = [frames for _, _, frames in together]
         try:
-            push_together(sessions, frames, self._limits.rows)
-            jax.block_until_ready(sessions[0].state)
+            with self._compiling(sessions[0], all(len(each) == 1 for each in frames)):
+                push_together(sessions, frames, self._limits.rows)
+                jax.block_until_ready([session.state for session in sessions])
         except Exception as error:
             _log.exception("frames could not be read")
-            for entry, operation, _ in together:
+            for (entry, operation, _), session, state in zip(
+                together, sessions, before, strict=True
+            ):
                 entry.operations.popleft()
                 operation.fail(error)
+                session.state = state  # as if the chunk had not come
+                if any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
+                    self._lose(entry)
             return
         now = time.monotonic()
         for entry, _, chunk in together:
@@ -328,123 +340,57 @@ class Engine:
         self._watch("frame_seconds", (now - began) / count)
         self._watch("rows", len(together))
 
+    def _lose(self, entry: Entry) -> None:
+        """The state of a session is gone: what is not on disk is forgotten."""
+        self.table.lose(entry)
+        while entry.closed and entry.operations:
+            entry.operations.popleft().fail(MissingError("the session was lost; open another"))
+
+    @contextlib.contextmanager
+    def _compiling(self, session: Session, single: bool) -> Iterator[None]:
+        """Says so where the frames of a session are the first of their form."""
+        form = (session.shape, single)
+        count, width, models = session.shape
+        text = f"for {count} known question{'' if count == 1 else 's'}"
+        text += f" of up to {width} tokens" if count else ""
+        tokens = models.open.config.memory.capacity
+        with compiling(f"{text}, {tokens} open tokens", form not in self._compiled):
+            yield
+        self._compiled.add(form)
+
     # --- Answers -------------------------------------------------------------------------------
 
     def _begin(self, entry: Entry, ask: Ask) -> bool:
-        """Reads a prompt into a free row; false if there is no room yet."""
+        """Begins an answer in a free row; false if there is no room yet."""
         wish = ask.wish
         try:
             session = self.table.bring_back(entry)
-            question = wish.question
+            question, asked = wish.question, wish.asked
             if question is None:
                 if not entry.questions:
                     raise UserError("the session knows no question; ask one")
                 question = entry.questions[0]
-            look = session.look(question)
-            # What it rests on is told now: the stream goes on.
-            reply = session.reply(look, [Answer("", 0.0)], wish.moments)
-            row, written = continuous.begin(
-                self._writer,
-                self._model.params,
-                look.queries,
-                look.asked,
-                wish.temperature,
-                wish.top_p,
-                jax.random.key(wish.seed),
-                self._width,
-                self._options,
-            )
+            self._answers.begin(session, session.look(question, asked), ask)
         except BusyError:
             return False
         except Exception as error:
             ask.fail(error)
-            return True
-        place = self._writing.index(None)
-        self._rows = continuous.put(self._rows, place, row)
-        prompt = self._model.config.qformer.num_queries + int(np.sum(look.asked.llm_mask))
-        self._writing[place] = _Writing(ask, session, look, reply, prompt)
-        self._take(place, int(written.token), bool(written.ended), float(written.score))
         return True
-
-    def _write(self) -> bool:
-        """One more token of every answer."""
-        if not any(self._writing):
-            return False
-        try:
-            self._rows, written = continuous.advance(
-                self._writer, self._model.params, self._rows, self._options
-            )
-            token, ended, score = jax.device_get((written.token, written.ended, written.score))
-        except Exception as error:
-            _log.exception("answers could not be written")
-            for place, writing in enumerate(self._writing):
-                if writing:
-                    writing.ask.fail(error)
-                    self._writing[place] = None
-            self._rows = self._empty_rows()
-            return True
-        for place, writing in enumerate(self._writing):
-            if writing:
-                self._take(place, int(token[place]), bool(ended[place]), float(score[place]))
-        return True
-
-    def _take(self, place: int, token: int, ended: bool, score: float) -> None:
-        """A row has a new token."""
-        writing = self._writing[place]
-        assert writing is not None
-        ask, wish = writing.ask, writing.ask.wish
-        if ask.first is None:
-            ask.first = time.monotonic()
-            self._watch("first_token_seconds", ask.first - ask.began)
-        if ask.cancelled:
-            self._writing[place] = None
-            ask.fail(CancelledError("the request has been given up"))
-            return
-        writing.ids.append(token)
-        self._watch("tokens", 1)
-        finish = ""
-        if token == self._model.processor.eos_id:
-            finish = "stop"
-        elif ended or len(writing.ids) >= wish.max_tokens:
-            finish = "length"
-        text = self._model.processor.decode(np.array(writing.ids))
-        cut = min((at for stop in wish.stop if (at := text.find(stop)) >= 0), default=-1)
-        if cut >= 0:
-            text, finish = text[:cut].rstrip(), "stop"
-        # Half a character, or what may yet be the beginning of a stop, is not said.
-        held = "" if finish else text
-        if finish or not (text.endswith("�") or any(_overlaps(held, stop) for stop in wish.stop)):
-            if text.startswith(writing.said) and len(text) > len(writing.said):
-                ask.on_text(text[len(writing.said) :])
-                writing.said = text
-        if finish:
-            self._writing[place] = None
-            answer = Answer(text, score)
-            reply = dataclasses.replace(writing.reply, answer=text, score=score, n_best=(answer,))
-            ask.finish(Said(reply, finish, writing.prompt_tokens, len(writing.ids)))
 
     def _warm_up(self) -> None:
         """Compiles and computes before the first request what all of them need."""
         self._model.fingerprint()
-        self._rows = self._empty_rows()
         entry = self.table.open(["what is seen?"], 1.0, single=True)
         size = self._model.config.vision.image_size
         try:
             for count in {1, self._model.chunk}:
                 frames = np.zeros((count, size, size, 3), np.uint8)
                 push_together([entry.session], [frames], self._limits.rows)
+                self._compiled.add((entry.shape, count == 1))
             for question in (None, "what else?"):
                 self._begin(entry, Ask(Wish(question, max_tokens=2)))
-                self._write()
+                self._answers.write()
         finally:
-            self._writing = [None] * self._limits.rows
+            self._answers.clear()
             self.table.close(entry)
             self.table.most = self.table.on_device
-
-    def _empty_rows(self) -> continuous.Row:
-        return continuous.empty(self._writer, self._limits.rows, self._width, self._options)
-
-
-def _overlaps(text: str, stop: str) -> bool:
-    """Whether the end of a text may be the beginning of another."""
-    return any(text.endswith(stop[:count]) for count in range(1, len(stop)))

@@ -14,6 +14,10 @@ class MissingError(UserError):
     """There is no such thing: a session, an upload, a model (HTTP 404)."""
 
 
+class StorageError(UserError):
+    """The server has no room on its disk, or cannot write there (HTTP 507)."""
+
+
 class LargeError(UserError):
     """More than the server takes (HTTP 413)."""
 

@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import queue
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 
 from adacm2_jax.errors import UserError
 from adacm2_jax.inference.reply import Reply
+from adacm2_jax.models.adacm2 import Question
 
 #: Chunks of one session that are decoded ahead.
 _AHEAD = 2
@@ -26,7 +28,10 @@ class Operation:
     Attributes:
       done: its result.
       cancelled: nobody waits for it any more.
+      holds: its session stays on the device while this comes next.
     """
+
+    holds = True
 
     def __init__(self) -> None:
         self.done: concurrent.futures.Future = concurrent.futures.Future()
@@ -54,14 +59,36 @@ class Act(Operation):
 class Push(Operation):
     """Frames that come chunk by chunk; its result is how many the session has seen.
 
-    The thread that has them calls :meth:`put` for each chunk and :meth:`end` once; it waits there
-    while the engine is behind.
+    It takes its place in the order of its session before its frames are there. The thread that
+    brings them calls :meth:`wait_for_turn`, then :meth:`put` for each chunk and :meth:`end` once;
+    it waits there while the engine is behind. Until the first chunk the session may go to disk.
     """
 
     def __init__(self, wake: Callable[[], None]):
         super().__init__()
         self.chunks: queue.Queue = queue.Queue(_AHEAD)
+        self.holds = False
         self._wake = wake
+        self._turn = threading.Event()
+
+    def come(self) -> None:
+        """All that came before it is done; the engine's thread calls this."""
+        self._turn.set()
+
+    def wait_for_turn(self) -> None:
+        """Returns when all that came before it is done, or it has failed.
+
+        Raises:
+          CancelledError: if nobody waits for it any more.
+        """
+        while not self._turn.wait(0.5) and not self.done.done():
+            if self.cancelled:
+                raise CancelledError("the request has been given up")
+
+    def fail(self, error: BaseException) -> None:
+        """It cannot be done."""
+        super().fail(error)
+        self._turn.set()
 
     def put(self, frames: np.ndarray) -> None:
         """Hands over uint8[n, size, size, 3].
@@ -79,6 +106,7 @@ class Push(Operation):
             pass
 
     def _put(self, item: Any) -> None:
+        self.holds = True
         while not self.done.done() and not self.cancelled:
             try:
                 self.chunks.put(item, timeout=0.5)
@@ -95,6 +123,7 @@ class Wish:
 
     Attributes:
       question: None for the first that is known.
+      asked: the question from ``SessionModel.encode``: a long one takes time, the engine's.
       temperature, top_p, seed: of sampling; temperature 0 takes the most probable token.
       max_tokens: of the answer, its end included.
       stop: texts before which it ends.
@@ -102,6 +131,7 @@ class Wish:
     """
 
     question: str | None = None
+    asked: Question | None = None
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0

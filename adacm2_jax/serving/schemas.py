@@ -6,6 +6,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(max_length=1 << 16)]
+#: One that ends an answer is looked for after every token.
+Stop = Annotated[str, Field(max_length=256)]
+#: 1 / fps is a time between frames: neither is so small that the other has no bound.
+Rate = Annotated[Number, Field(ge=1e-6, le=1000)]
 
 
 class _Strict(BaseModel):
@@ -35,7 +39,7 @@ class Part(_Lenient):
     """A piece of a message."""
 
     type: Literal["text", "image_url", "video_url", "input_image", "input_video", "file"]
-    text: str | None = None
+    text: Text | None = None
     image_url: Address | str | None = None
     video_url: Address | str | None = None
     file: File | None = None
@@ -45,7 +49,7 @@ class Message(_Lenient):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part] | None = None
+    content: Text | list[Part] | None = None
 
 
 class StreamOptions(_Lenient):
@@ -64,13 +68,13 @@ class ChatRequest(_Lenient):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=8)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=8)] | None = None
     n: int | None = 1
     logprobs: bool | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     session: Text | None = None
-    fps: Annotated[Number, Field(gt=0, le=1000)] = 1.0
+    fps: Rate = 1.0
     start: Annotated[Number, Field(ge=0)] | None = None
     end: Annotated[Number, Field(gt=0)] | None = None
 
@@ -79,7 +83,7 @@ class SessionRequest(_Strict):
     """``POST /v1/sessions``."""
 
     questions: list[Text] = []
-    seconds_per_frame: Annotated[Number, Field(gt=0, le=1e9)] = 1.0
+    seconds_per_frame: Annotated[Number, Field(ge=1e-3, le=1e9)] = 1.0
     open_tokens: Annotated[int, Field(ge=0, le=1 << 20)] = 0
 
 

@@ -13,7 +13,7 @@ import threading
 import time
 from typing import Any
 
-from adacm2_jax.errors import UserError, printable
+from adacm2_jax.errors import UserError, printable, reason
 from adacm2_jax.inference.session import SessionModel
 from adacm2_jax.progress import compiling
 from adacm2_jax.serving import api
@@ -155,13 +155,26 @@ def run(app: Any, engine: Engine, decoders: Decoders, bound: socket.socket) -> N
     _announce(bound)
     # uvicorn ends in peace at SIGTERM and then raises it again, which would end this process.
     before = signal.signal(signal.SIGTERM, lambda *_: None)
+    running = uvicorn.Server(config)
+    engine.on_end = lambda: setattr(running, "should_exit", True)
     try:
-        uvicorn.Server(config).run(sockets=[bound])
+        if engine.alive:
+            running.run(sockets=[bound])
     finally:
         signal.signal(signal.SIGTERM, before)
         decoders.close()
         engine.stop()
-        print("stopped; sessions are saved", file=sys.stderr, flush=True)
+        print(_farewell(engine.unsaved), file=sys.stderr, flush=True)
+    if engine.failed is not None:
+        why = reason(engine.failed)
+        raise UserError(f"the engine has ended ({why}); the log above says where: start it again")
+
+
+def _farewell(unsaved: list[str]) -> str:
+    """The last line: which sessions are not as they were left."""
+    if not unsaved:
+        return "stopped; sessions are saved"
+    return f"stopped; {len(unsaved)} sessions are NOT saved: {', '.join(unsaved)}"
 
 
 def _announce(bound: socket.socket) -> None:

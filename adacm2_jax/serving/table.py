@@ -8,23 +8,28 @@ saved. All of this is called by one thread, the engine's.
 import collections
 import dataclasses
 import logging
+import math
 import pathlib
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-
-from adacm2_jax.errors import UserError
+from adacm2_jax.config import MemoryConfig, from_dict
+from adacm2_jax.errors import UserError, causes, reason
 from adacm2_jax.files import check_writable, remove_abandoned
-from adacm2_jax.inference import session_file, session_steps
+from adacm2_jax.inference import session_file
 from adacm2_jax.inference.session import Session, SessionModel, open_memory, resume
-from adacm2_jax.serving.limits import BusyError, Limits, MissingError
+from adacm2_jax.inference.session_steps import SessionModels
+from adacm2_jax.models.adacm2 import Question
+from adacm2_jax.serving import sizes
+from adacm2_jax.serving.limits import BusyError, Limits, MissingError, StorageError
 
 _ID = re.compile(r"s-[A-Za-z0-9_-]{16}")
 _SUFFIX = ".session"
+#: Seconds after which a session that could not be saved is tried again.
+_AGAIN = 30.0
 _log = logging.getLogger(__name__)
 
 
@@ -36,11 +41,13 @@ class Entry:
       id: by which callers name it; "" for that of a single request, which is never saved.
       size: bytes of its state.
       questions, seconds_per_frame: of the session.
+      open_tokens: of its open memory.
       session: while it is on the device, else None.
       seen, kept, bound: frames; tokens; see ``Session``.
       saved: frames that the file on disk knows, −1 without a file.
       used: time.monotonic() of the last use.
       changed: that of the first change that is not saved, or None.
+      again: that before which it is not saved again, because it could not be.
       closed: it is forgotten; what still waits for it is in vain.
       shape: ``Session.shape``; None of a file that has not been read.
       operations: that wait for it, in order; the engine's.
@@ -50,6 +57,7 @@ class Entry:
     size: int
     questions: tuple[str, ...]
     seconds_per_frame: float
+    open_tokens: int = 0
     session: Session | None = None
     seen: int = 0
     kept: int = 0
@@ -57,9 +65,15 @@ class Entry:
     saved: int = -1
     used: float = 0.0
     changed: float | None = None
+    again: float = 0.0
     closed: bool = False
     shape: tuple | None = None
     operations: collections.deque = dataclasses.field(default_factory=collections.deque)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether somebody needs it on the device now."""
+        return bool(self.operations) and self.operations[0].holds
 
     def describe(self) -> dict[str, Any]:
         """As callers see it."""
@@ -70,6 +84,7 @@ class Entry:
             "object": "session",
             "questions": list(self.questions),
             "seconds_per_frame": self.seconds_per_frame,
+            "open_tokens": self.open_tokens,
             "seen": self.seen,
             "saved": max(self.saved, 0),
             "kept": self.kept,
@@ -131,13 +146,15 @@ class Table:
         seconds_per_frame: float,
         tokens: int = 0,
         single: bool = False,
+        known: Question | None = None,
     ) -> Entry:
         """A new session, on the device.
 
         Args:
           questions, seconds_per_frame: as for ``VideoModel.session``.
-          tokens: of the open memory; by default those of two frames.
+          tokens: of the open memory, see ``sizes.rounded``; by default those of two frames.
           single: it serves one request and is never saved.
+          known: the questions from ``SessionModel.encode``, where somebody has them.
 
         Raises:
           BusyError: if there is no room, and none can be made.
@@ -147,11 +164,14 @@ class Table:
             raise BusyError(
                 f"{len(self._entries)} sessions are open, which is the limit; close one"
             )
-        memory = open_memory(tokens or 2 * self._model.config.vision.tokens_per_frame)
-        size = _size(self._model, memory, len(questions))
+        tokens = sizes.rounded(tokens, 2 * self._model.config.vision.tokens_per_frame)
+        memory = open_memory(tokens)
+        models = self._model.models(memory)
+        self._check_pass(models, len(questions), tokens)
+        size = sizes.state_bytes(models, len(questions))
         self.make_room(size)
-        session = Session(self._model, questions, seconds_per_frame, memory)
-        return self._add(session, size, single)
+        session = Session(self._model, questions, seconds_per_frame, memory, known=known)
+        return self._add(session, size, tokens, single)
 
     def fork(self, entry: Entry) -> Entry:
         """Another session with the same past.
@@ -165,7 +185,7 @@ class Table:
             )
         session = self.bring_back(entry)
         self.make_room(entry.size, keep=entry)
-        made = self._add(session.fork(), entry.size, single=False)
+        made = self._add(session.fork(), entry.size, entry.open_tokens, single=False)
         made.seen = entry.seen
         return made
 
@@ -180,20 +200,30 @@ class Table:
         if entry.session is None:
             self.make_room(entry.size)
             entry.session = resume(self._model, self._path(entry))
-            entry.size = entry.session.size  # the file is a little larger
             entry.shape = entry.session.shape
             self._count(entry.size)
             self.resumed += 1
         return entry.session
 
     def save(self, entry: Entry) -> None:
-        """Writes what a session knows, if that has changed."""
+        """Writes what a session knows, if that has changed.
+
+        Raises:
+          StorageError: if it cannot be written.
+        """
         if entry.session is None or not entry.id:
             return
         if entry.changed is None:
             return
-        entry.session.save(self._path(entry))
-        entry.saved, entry.changed = entry.seen, None
+        try:
+            entry.session.save(self._path(entry))
+        except (UserError, OSError) as error:  # which name a path that is of no use to callers
+            told = [each.strerror for each in causes(error) if isinstance(each, OSError)]
+            raise StorageError(
+                f"the session cannot be saved ({told[-1] if told else 'its place is taken'}): "
+                "there must be room in the server's --state directory, and leave to write there"
+            ) from None
+        entry.saved, entry.changed, entry.again = entry.seen, None, 0.0
 
     def put_away(self, entry: Entry) -> None:
         """Saves a session and takes it off the device."""
@@ -206,15 +236,37 @@ class Table:
         self.evicted += 1
 
     def close(self, entry: Entry) -> None:
-        """Forgets a session, also on disk."""
+        """Forgets a session, also on disk.
+
+        Raises:
+          StorageError: if its file cannot be removed; the session is still there then.
+        """
+        if entry.id in self._entries:
+            try:
+                self._path(entry).unlink(missing_ok=True)
+            except OSError as error:
+                raise StorageError(
+                    f"the session's file cannot be removed ({error.strerror}), so the session is "
+                    "kept; the server's --state directory must be put right"
+                ) from None
+        self._forget(entry)
+
+    def lose(self, entry: Entry) -> None:
+        """What a session knew on the device is lost: it goes back to its file, or is forgotten."""
+        if entry.saved < 0 or not entry.id:
+            self._forget(entry)
+        elif entry.session is not None:
+            entry.session, entry.changed = None, None
+            entry.seen = entry.saved
+            self._count(-entry.size)
+
+    def _forget(self, entry: Entry) -> None:
         entry.closed = True
         if entry.session is not None:
             entry.session = None
             self._count(-entry.size)
         self._single.discard(entry)
-        if entry.id and entry.id in self._entries:
-            del self._entries[entry.id]
-            self._path(entry).unlink(missing_ok=True)
+        self._entries.pop(entry.id, None)
 
     def make_room(self, size: int, keep: Entry | None = None) -> None:
         """Takes sessions that nobody waits for off the device until so many bytes are free.
@@ -237,40 +289,75 @@ class Table:
             (
                 entry
                 for entry in self._entries.values()
-                if entry.session is not None and not entry.operations and entry is not keep
+                if entry.session is not None and not entry.in_use and entry is not keep
             ),
             key=lambda entry: entry.used,
         )
+        stuck = 0
         for entry in idle:
             if self.on_device + size <= budget:
                 break
-            self.put_away(entry)
+            stuck += not self._carefully(self.put_away, entry)
         if self.on_device + size > budget:
             raise BusyError(
                 f"the server's budget of {budget:,} bytes is in use by {self.on_device:,} bytes of "
                 "sessions that are being read or asked; try again later"
+                + (f" ({stuck} more cannot be saved, see the server's log)" if stuck else "")
             )
 
     def tidy(self, now: float) -> None:
-        """Saves what has changed long ago, and puts away what nobody has used for long."""
+        """Saves what has changed long ago, and puts away what nobody has used for long.
+
+        One that cannot be saved stays where it is, and is tried again later.
+        """
         for entry in self.named():
             if entry.changed is not None and now - entry.changed > self._limits.save_seconds:
-                self.save(entry)
-            idle = entry.session is not None and not entry.operations
+                self._carefully(self.save, entry)
+            idle = entry.session is not None and not entry.in_use
             if idle and now - entry.used > self._limits.idle_seconds:
-                self.put_away(entry)
+                self._carefully(self.put_away, entry)
 
-    def save_all(self) -> None:
-        """Writes every session that has changed."""
+    def save_all(self) -> list[str]:
+        """Writes every session that has changed; the names of those that could not be saved."""
         for entry in self.named():
-            self.save(entry)
+            entry.again = 0.0
+        return [entry.id for entry in self.named() if not self._carefully(self.save, entry)]
 
-    def _add(self, session: Session, size: int, single: bool) -> Entry:
+    def _carefully(self, act: Callable[[Entry], None], entry: Entry) -> bool:
+        """Saves or puts away one session, whatever is wrong with it; whether that was done."""
+        now = time.monotonic()
+        if entry.changed is not None and now < entry.again:
+            return False
+        try:
+            act(entry)
+        except Exception as error:
+            entry.again = time.monotonic() + _AGAIN
+            _log.warning("session %s is not saved: %s", entry.id, reason(error, 300))
+            return False
+        return True
+
+    def _check_pass(self, models: SessionModels, questions: int, tokens: int) -> None:
+        """Refuses a session whose frames could not be read.
+
+        Raises:
+          UserError: if one pass needs more than the budget.
+        """
+        rows, budget = self._limits.rows, self._limits.session_bytes
+        if (need := sizes.pass_bytes(models, questions, rows)) > budget:
+            most = sizes.most_tokens(self._model, rows, budget)
+            raise UserError(
+                f"open_tokens is {tokens:,}: to read frames into {rows} such memories (--rows) "
+                f"takes {need:,} bytes, and the server's budget is {budget:,}; ask for at most "
+                f"{most:,}, or start it with more --session-bytes"
+            )
+
+    def _add(self, session: Session, size: int, tokens: int, single: bool) -> Entry:
         entry = Entry(
             id="" if single else f"s-{secrets.token_urlsafe(12)}",
             size=size,
             questions=session.questions,
             seconds_per_frame=session.seconds_per_frame,
+            open_tokens=tokens,
             session=session,
             bound=session.bound,
             shape=session.shape,
@@ -293,21 +380,37 @@ class Table:
             about = session_file.read_about(path)
             if about["model"] != self._model.fingerprint():
                 raise UserError("it is of another model")
-            seen = int(about["seen"])
-            entry = Entry(
-                id=name,
-                size=path.stat().st_size,  # until it is on the device
-                questions=tuple(about["questions"]),
-                seconds_per_frame=float(about["seconds_per_frame"]),
-                seen=seen,
-                kept=int(about["kept"]),
-                saved=seen,
-                used=time.monotonic(),
-            )
-        except (UserError, OSError, KeyError, TypeError, ValueError) as error:
-            _log.warning("%s is left as it is: %s", path, error)
+            entry = self._of_file(name, about)
+        except Exception as error:  # whatever a file may hold, the server starts
+            _log.warning("%s is left as it is: %s", path, reason(error, 300))
             return
         self._entries[name] = entry
+
+    def _of_file(self, name: str, about: dict[str, Any]) -> Entry:
+        """What a file says of its session. Raises whatever comes of a file that is damaged."""
+        seen, kept = int(about["seen"]), int(about["kept"])
+        seconds = float(about["seconds_per_frame"])
+        questions = tuple(about["questions"])
+        if seen < 0 or not 0 < seconds < math.inf:
+            raise UserError("it says what cannot be")
+        if not all(isinstance(question, str) for question in questions):
+            raise UserError("its questions are no texts")
+        known, opened = (from_dict(about[part], MemoryConfig) for part in ("known", "open"))
+        config = dataclasses.replace(self._model.config, memory=known)
+        models = dataclasses.replace(self._model, config=config).models(opened)
+        self._check_pass(models, len(questions), opened.capacity)
+        return Entry(
+            id=name,
+            size=sizes.state_bytes(models, len(questions)),
+            questions=questions,
+            seconds_per_frame=seconds,
+            open_tokens=opened.capacity,
+            seen=seen,
+            kept=kept,
+            bound=sizes.bound(models, len(questions)),
+            saved=seen,
+            used=time.monotonic(),
+        )
 
     def _path(self, entry: Entry) -> pathlib.Path:
         assert _ID.fullmatch(entry.id)
@@ -316,10 +419,3 @@ class Table:
     def _count(self, size: int) -> None:
         self.on_device += size
         self.most = max(self.most, self.on_device)
-
-
-def _size(model: SessionModel, memory: Any, questions: int) -> int:
-    """Bytes of a session's state; nothing is made."""
-    models = model.models(memory)
-    shapes = jax.eval_shape(lambda: session_steps.begin(models, 1, questions))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))

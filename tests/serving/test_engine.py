@@ -1,70 +1,30 @@
 """Sessions side by side in one engine: each is what it would be by itself, within the budget."""
 
 import concurrent.futures
-import dataclasses
+import gc
 import random
 import shutil
 import threading
 import time
+import weakref
 
 import jax
 import numpy as np
 import pytest
 
 from adacm2_jax.errors import UserError
-from adacm2_jax.inference.processor import train_tokenizers
-from adacm2_jax.serving.engine import Engine
-from adacm2_jax.serving.limits import BusyError, Limits, MissingError
+from adacm2_jax.inference.session import Session, open_memory
+from adacm2_jax.serving.limits import BusyError, MissingError
 from adacm2_jax.serving.operations import Act, Ask, CancelledError, Push, Wish
-from adacm2_jax.serving.table import Table
-from tests.inference.test_session import CHUNK, CONFIG, OTHER, frames, make_model, make_params
+from tests.inference.test_session import CHUNK, CONFIG, OTHER, frames
+from tests.serving.conftest import LATE
 from tests.small import QUESTION, quick_compilation
-
-ROWS = 3
-LATE = "what else?"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick(compiled_once):
     with quick_compilation():
         yield
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    texts = [QUESTION, OTHER, LATE]
-    processor = train_tokenizers(texts, CONFIG, tmp_path_factory.mktemp("tokenizers"))
-    return dataclasses.replace(make_model(make_params(1), processor), narrowest=24)
-
-
-@pytest.fixture(scope="module")
-def size(model) -> int:
-    """Bytes of a session with one known question."""
-    return model_session(model, (QUESTION,)).size
-
-
-def model_session(model, questions):
-    from adacm2_jax.inference.session import Session, open_memory
-
-    tokens = 2 * CONFIG.vision.tokens_per_frame
-    return Session(model, questions, 1.0, open_memory(tokens))
-
-
-@pytest.fixture
-def start(model, tmp_path):
-    """Starts engines, and stops them."""
-    running = []
-
-    def begin(directory="sessions", **limits):
-        bounds = Limits(**({"rows": ROWS} | limits))
-        engine = Engine(model, bounds, lambda: Table(model, bounds, tmp_path / directory))
-        engine.start()
-        running.append(engine)
-        return engine
-
-    yield begin
-    for engine in running:
-        engine.stop()
 
 
 def on_table(engine, act):
@@ -103,7 +63,7 @@ def assert_same_bits(one, other):
 
 def test_an_answer_is_that_of_the_session_in_python(start, model):
     engine, video = start(), frames(11)
-    alone = model_session(model, (QUESTION,))
+    alone = Session(model, (QUESTION,), 1.0, open_memory(2 * CONFIG.vision.tokens_per_frame))
     alone.push(video)
     name = open_session(engine)
     assert push(engine, name, video) == 11
@@ -178,7 +138,9 @@ def test_each_of_many_at_once_is_bit_for_bit_itself_alone(start, size):
 def test_a_full_server_says_so_and_the_budget_is_never_exceeded(start, size):
     engine = start(session_bytes=2 * size + 10)
     names = [open_session(engine) for _ in range(2)]
-    held = [engine.submit(name, Push(engine.wake)) for name in names]  # both are being read
+    held = [engine.submit(name, Push(engine.wake)) for name in names]
+    for operation in held:
+        operation.put(frames(1))  # both are being read
     with pytest.raises(BusyError, match="budget"):
         open_session(engine)
     for operation in held:
@@ -188,7 +150,7 @@ def test_a_full_server_says_so_and_the_budget_is_never_exceeded(start, size):
     assert engine.table.evicted == 1 and engine.table.on_device == engine.table.most == 2 * size
     with pytest.raises(UserError, match="--session-bytes"):
         on_table(engine, lambda table: table.open((QUESTION, OTHER), 1.0, 4000))
-    assert push(engine, third, frames(2)) == 2 and push(engine, names[0], frames(3)) == 3
+    assert push(engine, third, frames(2)) == 2 and push(engine, names[0], frames(3)) == 4
 
 
 def test_too_many_sessions_and_too_many_requests_are_refused(start):
@@ -301,3 +263,107 @@ def test_pieces_of_an_answer_are_the_answer_and_stops_are_kept_out(start, model)
         assert cut.reply.answer == text[:1].rstrip() and cut.finish == "stop"
     short = ask(engine, name, LATE, temperature=9.0, seed=5, max_tokens=1)
     assert short.completion_tokens == 1
+
+
+def lose_state(engine, name) -> None:
+    """What a pass leaves that ran out of memory after its arrays were given away."""
+
+    def act(table, entry):
+        jax.tree.map(lambda leaf: leaf.delete(), table.bring_back(entry).state)
+
+    engine.submit(name, Act(act)).done.result(60)
+
+
+def test_a_pass_that_fails_costs_only_what_it_was_for(start):
+    engine = start(save_seconds=0.01)
+    saved, lost, other = (open_session(engine) for _ in range(3))
+    push(engine, other, frames(5))
+    before = state_of(engine, other)
+    with pytest.raises(Exception, match=r"\(1, 5, 5, 3\)|shape|reshape"):
+        push(engine, other, np.zeros((1, 5, 5, 3), np.uint8))  # no frame of this model
+    assert_same_bits(state_of(engine, other), before)
+
+    push(engine, saved, frames(4))
+    engine.submit(saved, Act(lambda table, entry: table.save(entry))).done.result(60)
+    for name in (saved, lost):
+        lose_state(engine, name)
+        with pytest.raises(RuntimeError, match="deleted"):
+            push(engine, name, frames(1))
+    described = on_table(engine, lambda table: {each.id: each.describe() for each in table.named()})
+    assert set(described) == {saved, other}
+    assert described[saved]["seen"] == 4 and not described[saved]["on_device"]
+    with pytest.raises(MissingError):
+        push(engine, lost, frames(1))
+    assert push(engine, saved, frames(1)) == 5 and push(engine, other, frames(1)) == 6
+
+
+def test_nothing_that_goes_wrong_in_a_turn_ends_the_engine(start):
+    broken = threading.Event()
+
+    def watch(name, value):
+        if broken.is_set() and name == "rows":
+            raise OSError("no descriptor is left")
+
+    engine = start(watch=watch)
+    name = open_session(engine)
+    push(engine, name, frames(3))
+    broken.set()
+    with pytest.raises(OSError, match="descriptor"):
+        push(engine, name, frames(1))
+    broken.clear()
+
+    def closed(text):
+        raise RuntimeError("Event loop is closed")
+
+    with pytest.raises(RuntimeError, match="loop"):
+        engine.submit(name, Ask(Wish(LATE, temperature=9.0, seed=5), closed)).done.result(60)
+    assert ask(engine, name, LATE).reply.frames == 4
+    assert engine.alive and engine.failed is None
+
+
+def test_an_engine_that_dies_saves_what_it_can_and_says_so(start, tmp_path):
+    def watch(name, value):
+        if name == "rows" and ready.is_set():
+            raise SystemExit("the end")
+
+    ready, ended = threading.Event(), threading.Event()
+    engine = start(watch=watch)
+    engine.on_end = ended.set
+    first, second = open_session(engine), open_session(engine)
+    push(engine, first, frames(3))
+    ready.set()
+    operation = engine.submit(second, Push(engine.wake))
+    operation.put(frames(2))
+    with pytest.raises(BusyError, match="stopping"):
+        operation.done.result(60)
+    assert ended.wait(60)
+    assert str(engine.failed) == "the end" and engine.unsaved == []
+    again = start()
+    assert on_table(again, lambda table: table.get(first).seen) == 3
+
+
+def test_an_answer_that_is_being_written_keeps_no_state_beside_the_budget(start):
+    engine = start()
+    name = open_session(engine)
+    push(engine, name, frames(3))
+
+    def put_away(table, entry):
+        session = weakref.ref(entry.session)
+        table.put_away(entry)
+        gc.collect()
+        return session() is None, asked.done.done()
+
+    asked = Ask(Wish(LATE))
+    engine.submit(name, asked)
+    # The same turn begins the answer and does this; the next one writes its second token.
+    gone, answered = engine.submit(name, Act(put_away)).done.result(60)
+    assert gone and not answered
+    assert asked.done.result(60).reply.frames == 3
+
+
+def test_the_first_frames_of_another_form_say_that_they_compile(start, capsys):
+    engine = start()
+    name = open_session(engine, (QUESTION, OTHER))
+    for _ in range(2):
+        push(engine, name, frames(1))
+    assert capsys.readouterr().err.count("compiling for 2 known questions of up to 24 tokens") == 1
