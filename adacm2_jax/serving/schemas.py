@@ -1,10 +1,18 @@
 """What callers send, as JSON; the names of OpenAI's API where it has one for the thing."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-Number = Annotated[float, Field(allow_inf_nan=False)]
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("true and false are no numbers")
+    return value
+
+
+Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_no_bool)]
+Whole = Annotated[int, BeforeValidator(_no_bool)]
 Text = Annotated[str, Field(max_length=1 << 16)]
 #: One that ends an answer is looked for after every token.
 Stop = Annotated[str, Field(max_length=256)]
@@ -65,11 +73,11 @@ class ChatRequest(_Lenient):
     messages: Annotated[list[Message], Field(min_length=1)]
     temperature: Annotated[Number, Field(ge=0, le=100)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    max_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    seed: Annotated[Whole, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=8)] | None = None
-    n: int | None = 1
+    n: Whole | None = 1
     logprobs: bool | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -84,7 +92,7 @@ class SessionRequest(_Strict):
 
     questions: list[Text] = []
     seconds_per_frame: Annotated[Number, Field(ge=1e-3, le=1e9)] = 1.0
-    open_tokens: Annotated[int, Field(ge=0, le=1 << 20)] = 0
+    open_tokens: Annotated[Whole, Field(ge=0, le=1 << 20)] = 0
 
 
 class FramesRequest(_Strict):
@@ -102,9 +110,9 @@ class AskRequest(_Strict):
     question: Text | None = None
     temperature: Annotated[Number, Field(ge=0, le=100)] = 0.0
     top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    moments: Annotated[int, Field(ge=0, le=1000)] = 5
+    seed: Annotated[Whole, Field(ge=-(2**63), lt=2**63)] = 0
+    max_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    moments: Annotated[Whole, Field(ge=0, le=1000)] = 5
 
 
 def address_of(value: Address | str | None) -> str:

@@ -126,12 +126,15 @@ def test_a_question_is_refused_by_its_characters(start, decoders, picture):
 
 def test_fields_that_would_cost_or_overflow_are_refused():
     messages = [{"role": "user", "content": "why?"}]
-    ChatRequest(model="small", messages=messages, stop=["a" * 256] * 8, fps=1e-6)
+    ChatRequest(model="small", messages=messages, stop=["a" * 256] * 8, fps=1e-6, n=1)
     long = "a" * 70_000
     for wrong in (
         {"stop": "a" * 257},
         {"stop": ["a", "a" * 257]},
         {"fps": 1e-309},
+        {"n": True},
+        {"max_tokens": True},
+        {"temperature": False},
         {"messages": [{"role": "user", "content": long}]},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": long}]}]},
     ):
