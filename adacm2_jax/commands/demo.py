@@ -4,12 +4,12 @@ import argparse
 import os
 import pathlib
 import re
-import socket
 import tempfile
 import threading
 
-from adacm2_jax.errors import UserError, printable
+from adacm2_jax.errors import UserError
 from adacm2_jax.runs.load import load
+from adacm2_jax.serving.listening import listen
 
 
 def demo(args: argparse.Namespace) -> int:
@@ -20,7 +20,7 @@ def demo(args: argparse.Namespace) -> int:
         raise UserError(f"--port {args.port} must be from 1 to 65535")
     if not re.fullmatch(r"[1-9]\d*(kb|mb|gb)", args.max_upload):
         raise UserError(f"--max-upload {args.max_upload} is no size; give one such as 200mb")
-    _check_free(args.host, args.port)
+    listen(args.host, args.port).close()  # before time is spent
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported
     from adacm2_jax.demo.live import Desk
     from adacm2_jax.demo.page import build, launch
@@ -43,21 +43,3 @@ def demo(args: argparse.Namespace) -> int:
         finally:
             page.close(verbose=False)
     return 0
-
-
-def _check_free(host: str, port: int) -> None:
-    """Refuses, before time is spent, an address that cannot be listened on.
-
-    Raises:
-      UserError: naming it.
-    """
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        raise UserError(
-            f"--port {port} of --host {printable(host)} cannot be listened on ({error.strerror}); "
-            "give another"
-        ) from None

@@ -48,7 +48,7 @@ def add_flags(made: argparse.ArgumentParser) -> None:
         "--state",
         metavar="DIR",
         default="adacm2-sessions",
-        help="saved sessions and uploads (default %(default)s)",
+        help="saved sessions, and uploads until the server stops (default %(default)s)",
     )
     made.add_argument(
         "--policy", help="of the memory of known questions (default: the run's evaluation's)"
@@ -84,10 +84,12 @@ _HELP = {
     "decoders": "processes that decode",
     "decoder_bytes": "memory of each",
     "decoder_seconds": "that decoding one video may work",
-    "receive_seconds": "in which a request must have come",
+    "connections": "that may be open together",
+    "head_seconds": "in which a connection's next request must have come, up to its body",
+    "receive_seconds": "in which a request's body must have come",
     "idle_seconds": "after which an unused session goes to disk",
     "save_seconds": "after which what a session has seen is on disk",
-    "upload_seconds": "that an upload is kept",
+    "upload_seconds": "that an upload is kept, at most until the server stops",
 }
 
 
@@ -95,9 +97,12 @@ def serve(args: argparse.Namespace) -> int:
     """``adacm2 serve --model RUN``."""
     from adacm2_jax.serving import server
     from adacm2_jax.serving.limits import Limits
+    from adacm2_jax.serving.listening import listen
 
     for package in ("fastapi", "prometheus_client", "python_multipart", "uvicorn"):
         __import__(package)  # before time is spent; which extra has it is told by who calls
+    from adacm2_jax.serving.connections import check_descriptors
+
     limits = Limits(
         **{field.name: getattr(args, field.name) for field in dataclasses.fields(Limits)}
     )
@@ -112,15 +117,17 @@ def serve(args: argparse.Namespace) -> int:
         model_name=args.name or pathlib.Path(args.model).resolve().name,
     )
     options.check()
+    check_descriptors(limits)
     check_writable(state, f"--state {args.state}")
-    bound = server.listen(options.host, options.port)
+    bound = listen(options.host, options.port)
 
     from adacm2_jax.runs.load import load
-    from adacm2_jax.runs.lock import locked_output
+    from adacm2_jax.runs.lock import locked
 
     model = load(args.model, policy=args.policy or "", dtype=args.dtype or "")
-    with locked_output(state):
-        server.run(*server.make(model.sessions(), options, limits), bound)
+    state.mkdir(parents=True, exist_ok=True)
+    with locked(state, "--state", "another server uses it"):
+        server.run(*server.make(model.sessions(), options, limits), bound, limits)
     return 0
 
 

@@ -18,12 +18,17 @@ LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def locked(directory: str | os.PathLike, flag: str = "--workdir") -> Iterator[None]:
+def locked(
+    directory: str | os.PathLike,
+    flag: str = "--workdir",
+    held_by: str = "another process is writing there",
+) -> Iterator[None]:
     """Holds a directory within a block; the system lets go of it when the process ends, however.
 
     Args:
       directory: that is there.
       flag: that names another directory.
+      held_by: what is said of whoever holds it.
 
     Raises:
       UserError: in every process, if another job holds it.
@@ -41,8 +46,8 @@ def locked(directory: str | os.PathLike, flag: str = "--workdir") -> Iterator[No
             free = bool(multihost_utils.process_allgather(np.int32(free)).min())
         if not free:
             raise UserError(
-                f"{printable(os.fspath(directory))}: another process is writing there; wait "
-                f"for it, stop it, or use another {flag}"
+                f"{printable(os.fspath(directory))}: {held_by}; wait for it, stop it, or use "
+                f"another {flag}"
             )
         yield
 

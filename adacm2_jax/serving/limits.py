@@ -40,6 +40,8 @@ class Limits:
       decoders: processes that decode.
       decoder_bytes: of memory that each may have.
       decoder_seconds: that one request's decoding may work.
+      connections: that may be open together, whether a request has come by them or not.
+      head_seconds: in which a connection's next request must have come, up to its body.
       receive_seconds: in which a request's body must have come.
       idle_seconds: after which a session goes to disk.
       save_seconds: after which what a session has seen is on disk.
@@ -59,6 +61,8 @@ class Limits:
     decoders: int = 2
     decoder_bytes: int = 3 << 30
     decoder_seconds: float = 300.0
+    connections: int = 512
+    head_seconds: float = 20.0
     receive_seconds: float = 120.0
     idle_seconds: float = 300.0
     save_seconds: float = 30.0

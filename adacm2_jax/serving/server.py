@@ -31,8 +31,6 @@ from adacm2_jax.serving.waiting import Server
 _HERE = ("127.0.0.1", "localhost", "[::1]")
 #: Tokens that questions are padded to at least.
 _WIDTH = 32
-#: Seconds that requests which are being served get when the server is told to stop.
-_GRACE = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,25 +72,6 @@ def _is_here(host: str) -> bool:
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     return host == "localhost"
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound, before the model is read.
-
-    Raises:
-      UserError: if that cannot be.
-    """
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        bound = socket.socket(family, socket.SOCK_STREAM)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind((host.strip("[]"), port))
-    except (OSError, OverflowError, UnicodeError) as error:
-        what = getattr(error, "strerror", None) or str(error)
-        raise UserError(
-            f"cannot listen at {printable(host)}:{port} ({what}); give others"
-        ) from None
-    return bound
 
 
 def make(model: SessionModel, options: Options, limits: Limits) -> tuple[Any, Engine, Decoders]:
@@ -139,35 +118,43 @@ def make(model: SessionModel, options: Options, limits: Limits) -> tuple[Any, En
     return app, engine, decoders
 
 
-def run(app: Any, engine: Engine, decoders: Decoders, bound: socket.socket) -> None:
-    """Serves until SIGTERM or Ctrl-C; then every session is saved."""
+def run(app: Any, engine: Engine, decoders: Decoders, bound: socket.socket, limits: Limits) -> None:
+    """Serves until SIGTERM or Ctrl-C; then every session is saved, whatever else is pressed."""
     import uvicorn
 
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=_GRACE,
-        lifespan="off",
-    )
-    bound.listen(128)  # from here on callers are kept waiting, not sent away
-    _announce(bound)
-    # uvicorn ends in peace at SIGTERM and then raises it again, which would end this process.
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
-    running = uvicorn.Server(config)
+    from adacm2_jax.serving import connections
+
+    saving = pressed = False
+
+    def stop(number: int, _: Any) -> None:
+        # uvicorn ends in peace at a signal and then raises it again, which would end this process
+        # before the sessions are saved.
+        nonlocal pressed
+        running.should_exit = True  # it may have come before uvicorn looked
+        if saving:
+            print("sessions are being saved; wait for the end", file=sys.stderr, flush=True)
+        pressed |= number == signal.SIGINT
+
+    running = uvicorn.Server(connections.config(app, limits))
     engine.on_end = lambda: setattr(running, "should_exit", True)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        bound.listen(128)  # from here on callers are kept waiting, not sent away
+        _announce(bound)
         if engine.alive:
             running.run(sockets=[bound])
     finally:
-        signal.signal(signal.SIGTERM, before)
+        saving = True
         decoders.close()
         engine.stop()
         print(_farewell(engine.unsaved), file=sys.stderr, flush=True)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if engine.failed is not None:
         why = reason(engine.failed)
         raise UserError(f"the engine has ended ({why}); the log above says where: start it again")
+    if pressed:
+        signal.raise_signal(signal.SIGINT)  # ends the command as Ctrl-C ends every other
 
 
 def _farewell(unsaved: list[str]) -> str:

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from adacm2_jax.runs.lock import locked
 from tests.small import ROOT, error_line, process_environment, run_script
 
 
@@ -15,11 +16,12 @@ from tests.small import ROOT, error_line, process_environment, run_script
     ("flags", "words"),
     [
         (["--host", "0.0.0.0"], "set a token in ADACM2_TOKEN"),
-        (["--port", "99999"], "cannot listen at 127.0.0.1:99999"),
+        (["--port", "99999"], "--port 99999 of --host 127.0.0.1 cannot be listened on"),
         (["--rows", "0"], "--rows is 0"),
         (["--decoder-seconds", "nan"], "--decoder-seconds is nan"),
         (["--token-file", "none.txt"], "--token-file none.txt cannot be read"),
         (["--state", "file.txt/state"], "--state file.txt/state"),
+        (["--connections", "1000000000000"], "--connections 1,000,000,000,000 needs"),
         (["--allow", "none"], "--allow none is no directory"),
         (["--model", "none"], "none"),
         (["--policy", "full"], "keeps every token"),
@@ -32,6 +34,14 @@ def test_what_cannot_be_is_one_line(small_run, tmp_path, monkeypatch, capsys, fl
     given = ["--model", small_run, "--port", "0", *flags]
     assert run_script("serve", *given) == 2
     assert words in error_line(capsys.readouterr().err)
+
+
+def test_a_directory_that_another_server_uses_is_named_by_its_flag(small_run, tmp_path, capsys):
+    with locked(tmp_path):
+        given = ("--model", small_run, "--port", "0", "--state", tmp_path)
+        assert run_script("serve", *given) == 2
+    line = error_line(capsys.readouterr().err)
+    assert line.endswith("another server uses it; wait for it, stop it, or use another --state")
 
 
 def test_it_serves_until_it_is_told_to_stop_and_saves(small_run, compiled_once, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from adacm2_jax.errors import UserError
 from adacm2_jax.serving import server
 from adacm2_jax.serving.limits import Limits
+from adacm2_jax.serving.listening import listen
 
 
 def test_what_would_let_anybody_in_is_refused(tmp_path):
@@ -16,12 +17,12 @@ def test_what_would_let_anybody_in_is_refused(tmp_path):
         server.Options(host, 0, (), "token", (), tmp_path, "small").check()
     for host in ("127.0.0.1", "127.1.2.3", "localhost", "::1", "[::1]"):
         server.Options(host, 0, (), "", (), tmp_path, "small").check()
-    with pytest.raises(UserError, match="cannot listen"):
-        server.listen("127.0.0.1", 99999)
+    with pytest.raises(UserError, match="--port 99999 of --host 127.0.0.1 cannot"):
+        listen("127.0.0.1", 99999)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(UserError, match="in use"):
-            server.listen("127.0.0.1", taken.getsockname()[1])
+        with pytest.raises(UserError, match=r"--port \d+ .*in use.*; give another"):
+            listen("127.0.0.1", taken.getsockname()[1])
     with pytest.raises(UserError, match="--rows is 0"):
         Limits(rows=0)
