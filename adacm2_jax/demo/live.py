@@ -24,6 +24,8 @@ from adacm2_jax.inference.session_view import first_token, kept_frames, kept_pat
 from adacm2_jax.inference.study import Line, keep_all
 from adacm2_jax.video.sampling import Sampling
 
+#: The longest question, characters. A browser is told, too, but what comes may be no browser's.
+MOST_TEXT = 500
 #: Frames of a session whose times count for the time of a frame.
 _RECENT = 32
 
@@ -121,6 +123,7 @@ class Live:
         Raises:
           UserError: for a question that is too long.
         """
+        _check_length(question)
         with self._desk.lock:
             session = self._desk.model.session(
                 [question] if question.strip() else [],
@@ -135,14 +138,20 @@ class Live:
             self._beside: Reply | None = None
             self._first_token: float | None = None
 
-    def push(self, frames: np.ndarray) -> None:
+    def push(self, frames: np.ndarray, of: Session | None = None) -> bool:
         """Reads frames.
 
         Args:
           frames: uint8[T, height, width, 3], RGB.
+          of: the stream that they are of; by default the present one.
+
+        Returns:
+          Whether they were read; they are not if another stream has begun.
         """
         with self._desk.lock:
             session, first = self._opened, self._opened.seen
+            if of is not None and of is not session:
+                return False
             begun = time.perf_counter()
             session.push(frames)
             jax.block_until_ready((session.state, self._rival.state))
@@ -154,6 +163,7 @@ class Live:
                 if first + number in kept
             }
             self._pictures = {t: picture for t, picture in found.items() if t in kept}
+            return True
 
     def read(self, path: str | os.PathLike) -> Iterator[int]:
         """Reads a video file, chunk by chunk; between two chunks questions may be asked.
@@ -172,13 +182,12 @@ class Live:
         chunk: list[np.ndarray] = []
         for number, picture in enumerate(pictures, 1):
             if chunk and chunk[0].shape != picture.shape:
-                self.push(np.stack(chunk))
+                self.push(np.stack(chunk), session)
                 chunk = []
             chunk.append(picture)
             if len(chunk) == session.model.chunk or number == len(times):
-                if self._session is not session:  # another stream was started meanwhile
-                    return
-                self.push(np.stack(chunk))
+                if not self.push(np.stack(chunk), session):
+                    return  # another stream was started meanwhile
                 chunk = []
                 yield len(times)
 
@@ -190,6 +199,7 @@ class Live:
         """
         if not question.strip():
             raise UserError("the question is empty; write one")
+        _check_length(question)
         with self._desk.lock:
             self._reply = self._opened.ask(question)
             self._beside = self._rival.ask(question)
@@ -234,3 +244,11 @@ class Live:
         if self._session is None:
             raise UserError("there is no stream yet; start a video or the webcam first")
         return self._session
+
+
+def _check_length(question: str) -> None:
+    if len(question) > MOST_TEXT:
+        raise UserError(
+            f"the question has {len(question):,} characters, the limit is {MOST_TEXT}; ask a "
+            "shorter one"
+        )

@@ -9,12 +9,10 @@ import gradio as gr
 import numpy as np
 
 from adacm2_jax.demo import show
-from adacm2_jax.demo.live import Desk, Live
+from adacm2_jax.demo.live import MOST_TEXT, Desk, Live
 from adacm2_jax.demo.sample import QUESTION
 from adacm2_jax.errors import UserError, reason
 
-#: The longest question, characters.
-MOST_TEXT = 500
 _HEAD = """<div style="max-width:1160px">
 <h1 style="margin:0">What is remembered of a long video</h1>
 <p style="margin:.3em 0 0">Ask before the video, or while it is read. A question that is there

@@ -1,6 +1,7 @@
 """What the page of ``adacm2 demo`` shows, without the page: a stream of constant size."""
 
 import threading
+import time
 
 import jax
 import numpy as np
@@ -117,6 +118,25 @@ def test_a_reading_ends_when_another_stream_begins(desk, clip):
     assert [*reading] == [] and live.view().frames == 0
 
 
+def test_a_chunk_of_a_stream_that_has_ended_is_not_read_into_the_next(desk, clip):
+    """The next begins while the chunk waits for its turn, after the last look."""
+    live = Live(desk)
+    live.begin(QUESTION)
+    reading = live.read(clip)
+    next(reading)
+    begun, left = live._session, []
+    thread = threading.Thread(target=lambda: left.extend(reading))
+    desk.lock.acquire()
+    try:
+        thread.start()
+        time.sleep(0.5)  # it waits for its turn
+        live._session = desk.model.session([QUESTION])
+    finally:
+        desk.lock.release()
+    thread.join(60)
+    assert live._session.seen == 0 and begun.seen == 3 and left == []
+
+
 def test_visitors_wait_for_each_other(desk):
     """Two threads push and ask at the same time, and both know what they would know alone."""
     alone = Live(desk)
@@ -151,6 +171,9 @@ def test_what_cannot_be_done_is_told(desk):
         live.ask(" ")
     with pytest.raises(UserError, match="the limit is 24"):
         live.begin("why " * 40)
+    for act in (live.begin, live.ask):  # a caller who is no browser
+        with pytest.raises(UserError, match="501 characters, the limit is 500"):
+            act("w" * 501)
 
 
 def test_the_page_escapes_and_draws_what_is_known(desk):
