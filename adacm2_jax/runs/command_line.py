@@ -79,7 +79,8 @@ def missing_package(error: BaseException) -> UserError | None:
     if package not in _EXTRAS:
         return None
     return UserError(
-        f"the package {package} is not installed: pip install 'adacm2-jax[{_EXTRAS[package]}]'"
+        f"the package {package} is not installed: pip install 'adacm2-jax[{_EXTRAS[package]}]', "
+        f"or in a clone pip install --editable '.[{_EXTRAS[package]}]'"
     )
 
 

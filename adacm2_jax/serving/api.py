@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import functools
 import logging
 from collections.abc import AsyncIterator, Callable
@@ -18,15 +19,28 @@ from adacm2_jax.errors import DataError, UserError, printable
 from adacm2_jax.serving import chat
 from adacm2_jax.serving.calls import Call, check_question
 from adacm2_jax.serving.decoders import Media
-from adacm2_jax.serving.gate import error_body
-from adacm2_jax.serving.limits import BusyError, LargeError, MissingError
+from adacm2_jax.serving.gate import BODY, error_body
+from adacm2_jax.serving.limits import BusyError, LargeError, MissingError, StorageError
 from adacm2_jax.serving.media import Upload
 from adacm2_jax.serving.operations import CancelledError, Said, Wish
 from adacm2_jax.serving.schemas import AskRequest, ChatRequest, FramesRequest, SessionRequest
-from adacm2_jax.serving.waiting import Server
+from adacm2_jax.serving.waiting import Server, gone
 
 _log = logging.getLogger(__name__)
-_STATUS = ((BusyError, 429), (MissingError, 404), (LargeError, 413), (DataError, 422))
+_STATUS = (
+    (BusyError, 429),
+    (MissingError, 404),
+    (LargeError, 413),
+    (StorageError, 507),
+    (DataError, 422),
+)
+#: Of an OSError: there is no room, or none for this user, or nothing may be written.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+_FAULT = "the server failed; its log says why"
+_NO_ROOM = "the server cannot write to its disk, which may be full; try again later"
+_PATHS = (
+    "/v1/chat/completions, /v1/models, /v1/files, /v1/sessions, /health, /metrics, /openapi.json"
+)
 _PICTURE_TYPES = ("image/jpeg", "image/png", "image/webp")
 
 
@@ -92,7 +106,7 @@ def _openai(server: Server) -> fastapi.APIRouter:
             said = await server.run_while_connected(request, work, lambda _: None)
             return chat.completion(said, server.name, body.session)
         usage = body.stream_options is not None and body.stream_options.include_usage
-        return await _streamed(server, work, chat.Pieces(server.name, body.session, usage))
+        return await _streamed(server, request, work, chat.Pieces(server.name, body.session, usage))
 
     @router.post("/files")
     async def upload(request: fastapi.Request) -> Any:
@@ -109,8 +123,9 @@ def _openai(server: Server) -> fastapi.APIRouter:
                         size += len(piece)
                 if not size:
                     raise UserError("the file is empty; send its bytes")
-                files.reserve(size)
-                return _file(files.keep(path, file.filename or "", size))
+                kept = files.keep(path, file.filename or "", size)
+                request.scope[BODY].hand_over(size)  # whose bytes have been counted as they came
+                return _file(kept)
 
     @router.get("/files")
     async def uploads() -> Any:
@@ -196,7 +211,11 @@ def _sessions(server: Server) -> fastapi.APIRouter:
         """Writes the session to disk now."""
 
         def act(table: Any, entry: Any) -> Any:
-            table.save(entry)
+            try:
+                table.save(entry)
+            except UserError as error:  # it names a path of the server's
+                _log.error("%s", error)
+                raise StorageError(_NO_ROOM) from None
             return entry.describe()
 
         return await server.run(Call(), service.on_session, name, act)
@@ -249,16 +268,28 @@ def _chat(server: Server, body: ChatRequest, call: Call, on_text: Callable[[str]
         return service.answer(call, read.media, read.wish, 1 / body.fps, on_text)
 
 
-async def _streamed(server: Server, work: Callable[..., Said], pieces: chat.Pieces) -> Response:
+async def _streamed(
+    server: Server, request: fastapi.Request, work: Callable[..., Said], pieces: chat.Pieces
+) -> Response:
     """The answer as it is written. What fails before the first text is an error with its status."""
     call, loop = Call(), asyncio.get_running_loop()
     texts: asyncio.Queue = asyncio.Queue()
 
     def on_text(text: str) -> None:
-        loop.call_soon_threadsafe(texts.put_nowait, text)
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody listens
+            loop.call_soon_threadsafe(texts.put_nowait, text)
+
+    def ended(task: asyncio.Future) -> None:
+        texts.put_nowait(None)
+        error = None if task.cancelled() else task.exception()
+        if call.gone and error is not None and not isinstance(error, UserError):
+            _log.error("a request that was given up failed", exc_info=error)
 
     task = asyncio.ensure_future(server.run(call, work, on_text))
-    task.add_done_callback(lambda _: texts.put_nowait(None))
+    task.add_done_callback(ended)
+    # From the first text on the response itself notices that the caller has left.
+    watcher = asyncio.ensure_future(gone(request))
+    watcher.add_done_callback(lambda it: None if it.cancelled() else call.leave())
     try:
         first = await texts.get()
         if first is None:
@@ -266,6 +297,8 @@ async def _streamed(server: Server, work: Callable[..., Said], pieces: chat.Piec
     except BaseException:
         call.leave()
         raise
+    finally:
+        watcher.cancel()
 
     async def events() -> AsyncIterator[str]:
         try:
@@ -278,6 +311,9 @@ async def _streamed(server: Server, work: Callable[..., Said], pieces: chat.Piec
                 yield pieces.last(await task)
             except UserError as error:
                 yield chat.line(error_body(500, str(error)))
+            except Exception as error:
+                _log.error("an answer failed", exc_info=error)
+                yield chat.line(error_body(500, _FAULT))
         finally:
             call.leave()
 
@@ -309,7 +345,9 @@ async def _frames(
         return Media("video", (str(path),), "the video", 1 / seconds, start, end)
     if kind != "application/json":
         raise HTTPException(
-            415, "the body is of no type that is taken; send JSON, image/jpeg, …png, …webp, video/…"
+            415,
+            "the body's Content-Type is none that is taken; send application/json, "
+            f"{', '.join(_PICTURE_TYPES)}, or a video's, such as video/mp4",
         )
     try:
         body = FramesRequest.model_validate_json(await request.body())
@@ -365,23 +403,43 @@ def _errors(app: fastapi.FastAPI) -> None:
         return JSONResponse(error_body(status, str(error)), status, headers)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: fastapi.Request, error: RequestValidationError) -> Response:
-        return JSONResponse(error_body(400, _first_fault(error.errors())), 400)
+    async def invalid(request: fastapi.Request, error: RequestValidationError) -> Response:
+        return JSONResponse(error_body(400, _first_fault(request, error.errors())), 400)
 
     @app.exception_handler(HTTPException)
-    async def http(_: fastapi.Request, error: HTTPException) -> Response:
-        body = error_body(error.status_code, str(error.detail))
+    async def http(request: fastapi.Request, error: HTTPException) -> Response:
+        told = str(error.detail)
+        if error.status_code == 404:
+            told = f"there is nothing at {printable(request.url.path[:60])}; paths are {_PATHS}"
+        body = error_body(error.status_code, told)
         return JSONResponse(body, error.status_code, error.headers)
+
+    @app.exception_handler(OSError)
+    async def disk(request: fastapi.Request, error: OSError) -> Response:
+        if error.errno not in _FULL:
+            return await fault(request, error)
+        _log.error("a request failed: %s", error)
+        return JSONResponse(error_body(507, _NO_ROOM), 507)
 
     @app.exception_handler(Exception)
     async def fault(_: fastapi.Request, error: Exception) -> Response:
         _log.error("a request failed", exc_info=error)
-        return JSONResponse(error_body(500, "the server failed; its log says why"), 500)
+        return JSONResponse(error_body(500, _FAULT), 500)
 
-    del user, invalid, http, fault
+    del user, invalid, http, disk
 
 
-def _first_fault(faults: Any) -> str:
+def _first_fault(request: fastapi.Request, faults: Any) -> str:
+    """What is wrong with a body, in one line, and what to send."""
     first = faults[0]
     place = ".".join(str(part) for part in first["loc"] if part != "body")
-    return printable(f"{place or 'the body'}: {first['msg']}"[:300])
+    told = first["msg"]
+    if not place and first["type"] == "missing":
+        told = "is empty; send a JSON object, {} at least"
+    elif not place and "json" not in request.headers.get("content-type", ""):
+        told = "is not taken for JSON; send the header Content-Type: application/json"
+    elif first["type"] == "extra_forbidden":
+        ends = {"ask": AskRequest, "frames": FramesRequest}
+        fields = ends.get(request.url.path.rpartition("/")[2], SessionRequest).model_fields
+        told = f"there is no such field; fields are {', '.join(fields)}"
+    return printable(f"{place or 'the body'}: {told}"[:300])

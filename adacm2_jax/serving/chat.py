@@ -208,8 +208,12 @@ class Pieces:
 
 
 def line(value: dict[str, Any]) -> str:
-    """A server-sent event."""
-    return f"data: {json.dumps(value)}\n\n"
+    """A server-sent event.
+
+    Raises:
+      ValueError: for a number that JSON does not have.
+    """
+    return f"data: {json.dumps(value, allow_nan=False)}\n\n"
 
 
 def _usage(said: Said) -> dict[str, int]:

@@ -144,6 +144,10 @@ def _pictures(job: dict[str, Any]) -> Iterator[np.ndarray]:
                 with PIL.Image.open(path, formats=_PICTURES) as picture:
                     _check_pixels(*picture.size, job)
                     upright = PIL.ImageOps.exif_transpose(picture).convert("RGB")
+            except PIL.UnidentifiedImageError:
+                raise DataError(
+                    f"{job['name']}: is no picture; give JPEG, PNG or WebP, and a video as one"
+                ) from None
             except (OSError, SyntaxError, ValueError) as error:
                 if isinstance(error, UserError):
                     raise

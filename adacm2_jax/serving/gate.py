@@ -16,6 +16,8 @@ from adacm2_jax.serving.metrics import Metrics
 
 #: Who asks whether the server lives needs no token.
 _OPEN = "/health"
+#: Where a request's scope has its :class:`Body`.
+BODY = "adacm2.body"
 _PORT = re.compile(r":\d+$")
 
 
@@ -70,7 +72,7 @@ class Gate:
             if refused := self._refused(scope["path"], headers):
                 await self._answer(refused, scope, receive, noting)
                 return
-            body = _Body(headers, receive, self._limits, self._media)
+            body = scope[BODY] = Body(headers, receive, self._limits, self._media)
             try:
                 await self._app(scope, body.receive, noting)
             finally:
@@ -82,7 +84,7 @@ class Gate:
     def _refused(self, path: str, headers: dict[str, bytes]) -> tuple[int, str] | None:
         host = _PORT.sub("", headers.get("host", b"").decode("latin-1").lower())
         if self._hosts and host not in self._hosts:
-            return 421, "the server is not called by that name; see --host and --name"
+            return 421, "the server is not called by that name; see --host and --called"
         if self._token and path != _OPEN:
             given = headers.get("authorization", b"")
             scheme, _, shown = given.partition(b" ")
@@ -107,7 +109,7 @@ class Gate:
         await response(scope, receive, send)
 
 
-class _Body:
+class Body:
     """A request's body while it comes: counted, limited, and not awaited for ever."""
 
     def __init__(self, headers: dict[str, bytes], receive: Any, limits: Limits, media: Media):
@@ -141,8 +143,12 @@ class _Body:
             self._complete = not message.get("more_body", False)
         return message
 
+    def hand_over(self, size: int) -> None:
+        """So many of its bytes are kept as an upload, and stay reserved when the request ends."""
+        self._size -= size
+
     def close(self) -> None:
-        """The request has ended; what is kept of it has been reserved by itself."""
+        """The request has ended."""
         self._media.release(self._size)
 
 

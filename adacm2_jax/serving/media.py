@@ -107,7 +107,7 @@ class Media:
             path.unlink(missing_ok=True)
 
     def keep(self, path: pathlib.Path, name: str, size: int) -> Upload:
-        """Makes an upload of a file of :meth:`new_file`, whose bytes stay reserved."""
+        """Makes an upload of a file of :meth:`new_file`; its bytes have been reserved."""
         made = f"file-{secrets.token_urlsafe(12)}"
         upload = Upload(made, name, self._directory / made, size, time.time())
         path.rename(upload.path)

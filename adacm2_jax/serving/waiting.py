@@ -60,7 +60,7 @@ class Server:
         """As :meth:`run`, and looks whether the caller is still there."""
         call = Call()
         task = asyncio.ensure_future(self.run(call, work, *args))
-        watcher = asyncio.ensure_future(_gone(request))
+        watcher = asyncio.ensure_future(gone(request))
         try:
             await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
@@ -79,7 +79,7 @@ class Server:
         return asyncio.get_running_loop().run_in_executor(self.threads, leave_room)
 
 
-async def _gone(request: fastapi.Request) -> None:
+async def gone(request: fastapi.Request) -> None:
     """Returns when whoever sent the request has left."""
     while not await request.is_disconnected():
         await asyncio.sleep(0.5)

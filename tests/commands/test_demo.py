@@ -20,7 +20,8 @@ def test_without_gradio_it_says_what_to_install(small_run, no_gradio, capsys):
         port = free.getsockname()[1]
     assert run_script("demo", "--model", small_run, "--port", port) == 2
     assert error_line(capsys).endswith(
-        "the package gradio is not installed: pip install 'adacm2-jax[demo]'"
+        "the package gradio is not installed: pip install 'adacm2-jax[demo]', "
+        "or in a clone pip install --editable '.[demo]'"
     )
 
 

@@ -3,103 +3,25 @@
 import base64
 import concurrent.futures
 import contextlib
-import http.client
 import io
 import json
 import socket
-import threading
 import time
 
 import jax
 import numpy as np
 import PIL.Image
 import pytest
-import uvicorn
 
-import adacm2_jax
 from adacm2_jax.inference.session import push_together
-from adacm2_jax.serving import server
-from adacm2_jax.serving.limits import Limits
+from tests.serving.conftest import LIMITS, TOKEN
 from tests.small import QUESTION, quick_compilation
-from tests.video.make_videos import encode, numbered_frames
-
-TOKEN = "a token"
-LIMITS = Limits(
-    rows=2,
-    waiting=6,
-    decoders=1,
-    request_bytes=200_000,
-    upload_bytes=300_000,
-    upload_total=700_000,
-    receive_seconds=1,
-    frames=50,
-)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick(compiled_once):
     with quick_compilation():
         yield
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    root = tmp_path_factory.mktemp("clips")
-    encode(root / "clip.mp4", numbered_frames(120), fps=10)
-    (root / "text.mp4").write_text("no video")
-    return root
-
-
-@pytest.fixture(scope="module")
-def model(small_run):
-    return adacm2_jax.load(small_run)
-
-
-@pytest.fixture(scope="module")
-def port(model, clips, tmp_path_factory):
-    """A running server."""
-    options = server.Options(
-        host="127.0.0.1",
-        port=0,
-        names=("video.example",),
-        token=TOKEN,
-        allowed=(str(clips),),
-        state=tmp_path_factory.mktemp("state"),
-        model_name="small",
-    )
-    bound = server.listen(options.host, options.port)
-    app, engine, decoders = server.make(model.sessions(), options, LIMITS)
-    bound.listen()
-    running = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
-    thread = threading.Thread(target=lambda: running.run(sockets=[bound]))
-    thread.start()
-    yield bound.getsockname()[1]
-    running.should_exit = True
-    thread.join()
-    decoders.close()
-    engine.stop()
-
-
-@pytest.fixture
-def call(port):
-    """Sends a request; returns its status and its JSON, or its text."""
-
-    def send(method, path, body=None, kind="application/json", **headers):
-        if body is not None and not isinstance(body, bytes):
-            body = json.dumps(body).encode()
-        given = {"authorization": f"Bearer {TOKEN}"} | (
-            {} if body is None else {"content-type": kind}
-        )
-        headers = given | {name.replace("_", "-"): value for name, value in headers.items()}
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        with contextlib.closing(connection):
-            connection.request(method, path, body, headers)
-            answer = connection.getresponse()
-            text = answer.read().decode()
-        is_json = answer.headers["content-type"].startswith("application/json")
-        return answer.status, json.loads(text) if is_json else text
-
-    return send
 
 
 def picture(seed: int = 0, size: int = 40, kind: str = "png") -> bytes:
@@ -129,11 +51,11 @@ def message(answer) -> str:
     return body["error"]["message"]
 
 
-def test_a_video_is_answered_as_in_python(call, model, clips):
-    session = model.session(QUESTION)
+def test_a_video_is_answered_as_in_python(call, loaded, clips):
+    session = loaded.session(QUESTION)
     session.push(clips / "clip.mp4")
     expected = session.ask(QUESTION)
-    assert expected.answer == model.ask(clips / "clip.mp4", QUESTION).answer
+    assert expected.answer == loaded.ask(clips / "clip.mp4", QUESTION).answer
     content = (clips / "clip.mp4").read_bytes()
     status, uploaded = call(
         "POST",
@@ -190,17 +112,17 @@ def test_pieces_are_the_answer(call, clips):
     assert events[-1]["choices"] == [] and events[-1]["usage"]["completion_tokens"] > 0
 
 
-def test_pictures_are_frames_of_one_stream(call, model):
+def test_pictures_are_frames_of_one_stream(call, loaded):
     parts = [{"type": "image_url", "image_url": {"url": data(picture(seed))}} for seed in range(5)]
     status, answer = call("POST", "/v1/chat/completions", chat(*parts, fps=2))
     assert status == 200 and answer["adacm2"]["frames"] == 5
-    session = model.session(QUESTION, seconds_per_frame=0.5)
+    session = loaded.session(QUESTION, seconds_per_frame=0.5)
     for seed in range(5):
         session.push(np.asarray(PIL.Image.open(io.BytesIO(picture(seed)))))
     assert answer["choices"][0]["message"]["content"] == session.ask(QUESTION).answer
 
 
-def test_a_session_from_beginning_to_end(call, model, clips):
+def test_a_session_from_beginning_to_end(call, loaded, clips):
     status, opened = call("POST", "/v1/sessions", {"questions": [QUESTION]})
     assert status == 200 and opened["seen"] == 0 and opened["bytes"] > 0
     at = f"/v1/sessions/{opened['id']}"
@@ -214,7 +136,7 @@ def test_a_session_from_beginning_to_end(call, model, clips):
     )
     assert (status, pushed["seen"]) == (200, 15)
 
-    session = model.session(QUESTION)
+    session = loaded.session(QUESTION)
     for seed in range(3):
         session.push(np.asarray(PIL.Image.open(io.BytesIO(picture(seed)))))
     session.push(clips / "clip.mp4")
@@ -246,9 +168,9 @@ def test_a_session_from_beginning_to_end(call, model, clips):
     assert "no such session" in message(call("POST", f"{at}/frames", picture(0), "image/png"))
 
 
-def test_one_program_reads_sessions_whatever_their_age(model, caplog):
+def test_one_program_reads_sessions_whatever_their_age(loaded, caplog):
     """One that has just begun beside one that has seen frames is no other kind of argument."""
-    old, new, newest = (model.session(QUESTION) for _ in range(3))
+    old, new, newest = (loaded.session(QUESTION) for _ in range(3))
     size = old.model.config.vision.image_size
     pictures = np.zeros((1, size, size, 3), np.uint8)
     with jax.log_compiles(), caplog.at_level("WARNING"):
@@ -273,6 +195,8 @@ def test_one_program_reads_sessions_whatever_their_age(model, caplog):
         (400, {"temperature": "NaN"}, "temperature"),
         (400, {"top_p": 0}, "top_p"),
         (400, {"max_tokens": 0}, "max_tokens"),
+        (400, {"max_tokens": True}, "max_tokens"),
+        (400, {"n": True}, "n:"),
         (400, {"fps": 0}, "fps"),
         (400, {"session": "s-0123456789abcdef"}, "names a session and brings media"),
     ],
@@ -324,7 +248,7 @@ def test_media_that_cannot_be_read_say_why(call, clips):
         (b'{"frames": [], "video": null}', "application/json", 400, "empty"),
         (b'{"video": "a", "frames": ["a"]}', "application/json", 400, "one of both"),
         (b'{"cat": 1}', "application/json", 400, "cat"),
-        (b"hello", "text/plain", 415, "no type"),
+        (b"hello", "text/plain", 415, "application/json, image/jpeg, image/png, image/webp, or"),
         (b"hello", "image/png", 422, "no picture"),
         (b"", "image/png", 422, "no picture"),
         (b"", "video/mp4", 422, "empty"),
@@ -345,7 +269,10 @@ def test_sessions_that_cannot_be_opened_say_why(call):
         ({"questions": ["word " * 99]}, "the limit is 24"),
         ({"seconds_per_frame": 0}, "seconds_per_frame"),
         ({"open_tokens": -1}, "open_tokens"),
-        ({"cats": 3}, "cats"),
+        (
+            {"question": ["a"]},
+            "no such field; fields are questions, seconds_per_frame, open_tokens",
+        ),
     ):
         answer = call("POST", "/v1/sessions", body)
         assert answer[0] == 400 and words in message(answer)
@@ -360,7 +287,8 @@ def test_nobody_comes_in_without_the_token_or_by_another_name(call):
         answer = call("GET", "/v1/models", authorization=authorization)
         assert answer[0] == 401 and "Bearer TOKEN" in message(answer)
     assert call("GET", "/v1/models", host="video.example:80")[0] == 200
-    assert call("GET", "/v1/models", host="evil.example")[0] == 421
+    answer = call("GET", "/v1/models", host="evil.example")
+    assert answer[0] == 421 and "--called" in message(answer)
 
 
 def test_large_and_slow_bodies_are_refused(call, port):
