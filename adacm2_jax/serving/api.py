@@ -439,7 +439,7 @@ def _first_fault(request: fastapi.Request, faults: Any) -> str:
     elif not place and "json" not in request.headers.get("content-type", ""):
         told = "is not taken for JSON; send the header Content-Type: application/json"
     elif first["type"] == "extra_forbidden":
-        ends = {"ask": AskRequest, "frames": FramesRequest}
-        fields = ends.get(request.url.path.rpartition("/")[2], SessionRequest).model_fields
+        kinds: dict[str, type[pydantic.BaseModel]] = {"ask": AskRequest, "frames": FramesRequest}
+        fields = kinds.get(request.url.path.rpartition("/")[2], SessionRequest).model_fields
         told = f"there is no such field; fields are {', '.join(fields)}"
     return printable(f"{place or 'the body'}: {told}"[:300])

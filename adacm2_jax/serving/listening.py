@@ -14,11 +14,11 @@ def listen(host: str, port: int) -> socket.socket:
     bound = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
-            host.strip("[]"), port, type=socket.SOCK_STREAM
+            host.strip("[]"), 0, type=socket.SOCK_STREAM
         )[0]
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
+        bound.bind((address[0], port, *address[2:]))  # getaddrinfo takes 99999 for another port
     except (OSError, OverflowError, UnicodeError) as error:
         if bound is not None:
             bound.close()

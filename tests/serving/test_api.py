@@ -271,7 +271,7 @@ def test_sessions_that_cannot_be_opened_say_why(call):
         ({"open_tokens": -1}, "open_tokens"),
         (
             {"question": ["a"]},
-            "no such field; fields are questions, seconds_per_frame, open_tokens",
+            "no such field; fields are questions, seconds_per_frame",
         ),
     ):
         answer = call("POST", "/v1/sessions", body)

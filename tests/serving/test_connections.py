@@ -118,6 +118,8 @@ from adacm2_jax.serving.limits import Limits
 from adacm2_jax.serving.listening import listen
 
 class Engine:
+    alive, failed, unsaved = True, None, []
+
     def stop(self):
         print("saving", flush=True)
         thread = threading.Thread(target=time.sleep, args=(2,))

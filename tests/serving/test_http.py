@@ -6,6 +6,7 @@ import gc
 import json
 import resource
 import time
+from collections.abc import Callable
 
 import fastapi
 import pytest
@@ -125,7 +126,7 @@ def request(left: asyncio.Event) -> fastapi.Request:
     return fastapi.Request({"type": "http"}, receive)
 
 
-def until_given_up(call: Call, on_text, *texts: str) -> Said:
+def until_given_up(call: Call, on_text: Callable[[str], None], *texts: str) -> Said:
     """Writes texts, and then nothing until its caller has gone."""
     for text in texts:
         on_text(text)
@@ -170,9 +171,11 @@ def test_nothing_is_logged_of_a_stream_that_was_given_up(caplog):
 
 def test_a_stream_never_sends_what_is_no_json(caplog):
     reply = Reply(
+        video="",
         question="why?",
         answer="a",
         score=float("nan"),
+        n_best=(),
         policy="open",
         frames=1,
         kept_tokens=1,
