@@ -7,8 +7,6 @@ import struct
 from typing import Any
 
 import jax
-from safetensors import SafetensorError, safe_open
-from safetensors.flax import save  # now: a server without a free descriptor could not later
 
 from adacm2_jax.errors import UserError, printable, reason
 from adacm2_jax.files import check_writable, write_bytes
@@ -30,6 +28,8 @@ def write(path: str | os.PathLike, about: dict[str, Any], state: SessionState) -
     Raises:
       UserError: if it cannot be written.
     """
+    from safetensors.flax import save
+
     path = pathlib.Path(path)
     check_writable(path.parent, f"the session goes to {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,6 +49,8 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, jax.Array]]
     Raises:
       UserError: for a file that is none, or is damaged.
     """
+    from safetensors import SafetensorError, safe_open
+
     path = pathlib.Path(path)
     _check_file(path)
     try:

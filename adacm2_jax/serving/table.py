@@ -16,6 +16,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+# Now: a server that has no free descriptor left could not import it to save its sessions.
+import safetensors.flax  # noqa: F401
+
 from adacm2_jax.config import MemoryConfig, from_dict
 from adacm2_jax.errors import UserError, causes, reason
 from adacm2_jax.files import check_writable, remove_abandoned

@@ -112,7 +112,8 @@ def test_connections_for_which_the_system_has_no_files_are_refused():
 
 
 SAVES_SLOWLY = """
-import threading, time
+import signal, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 from adacm2_jax.serving import server
 from adacm2_jax.serving.limits import Limits
 from adacm2_jax.serving.listening import listen
