@@ -44,6 +44,8 @@ def main() -> int:
     options.add_argument("--question", default=QUESTION)
     options.add_argument("--screenshots", type=pathlib.Path)
     given = options.parse_args()
+    # In a background job SIGINT is ignored, and so it would be by what is started here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     browser, driver = find_browser()
     with tempfile.TemporaryDirectory() as made:
         directory = pathlib.Path(made)
