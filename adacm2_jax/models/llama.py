@@ -133,7 +133,7 @@ class Llama(nn.Module):
         )(c)
         self.norm = RMSNorm(c.rms_norm_eps)
         if not c.tie_embeddings:
-            # Rounded to half precision, a fortieth of all rows would have the wrong word on top.
+            # Rounded to half precision, words that differ would tie.
             self.lm_head = Dense(shape[::-1], axes[::-1], use_bias=False, widen=True)
 
     def embed(self, ids: jax.Array, dtype) -> jax.Array:

@@ -93,9 +93,9 @@ def join_params(learned: dict, frozen: dict) -> dict:
 def unstacked(params: dict) -> dict:
     """The parameters as answering is fastest: each layer of the language model with its own.
 
-    A loop over stacked layers copies each layer's weights out of the stack for every token, which
-    takes two to three times as long as reading them. Only the language model's layers are taken
-    apart: a product of the ViT has rows enough to hide the copy.
+    A loop over stacked layers copies each layer's weights out of the stack for every token
+    (``benchmarks/decode_step.py``). Only the language model's layers are taken apart: a product of
+    the ViT has rows enough to hide the copy.
 
     Args:
       params: of a model, or their shapes. Its stacked arrays are used up, one after the other, so

@@ -211,11 +211,7 @@ def _sessions(server: Server) -> fastapi.APIRouter:
         """Writes the session to disk now."""
 
         def act(table: Any, entry: Any) -> Any:
-            try:
-                table.save(entry)
-            except UserError as error:  # it names a path of the server's
-                _log.error("%s", error)
-                raise StorageError(_NO_ROOM) from None
+            table.save(entry)
             return entry.describe()
 
         return await server.run(Call(), service.on_session, name, act)
