@@ -179,28 +179,34 @@ def batch_of(frames: Any, question: Question) -> Batch:
     return Batch(frames, valid, jnp.zeros(count, jnp.uint32), question, targets)
 
 
-def seconds_of(call: Callable[[], Any], least: float, windows: int = 5) -> tuple[float, float]:
+def seconds_of(
+    call: Callable[[], Any],
+    least: float,
+    windows: int = 5,
+    wait: Callable[[Any], Any] = jax.block_until_ready,
+) -> tuple[float, float]:
     """How long a call takes when the host never waits between calls.
 
     Args:
-      call: starts work on the device and returns arrays of it.
-      least: seconds of a window, after two calls to warm up.
+      call: starts work on the device and returns what comes of it.
+      least: seconds of a window, after three calls to warm up.
       windows: of which the median counts.
+      wait: until what a call returned has been computed.
 
     Returns:
       The median, and (highest − lowest) / median of all windows.
     """
-    for _ in range(2):
-        jax.block_until_ready(call())
+    for _ in range(3):
+        wait(call())
     begun = time.perf_counter()
-    jax.block_until_ready(call())
+    wait(call())
     count = max(1, int(least / max(time.perf_counter() - begun, 1e-9)))
     found = []
     for _ in range(windows):
         begun = time.perf_counter()
         for _ in range(count):
             result = call()
-        jax.block_until_ready(result)
+        wait(result)
         found.append((time.perf_counter() - begun) / count)
     middle = statistics.median(found)
     return middle, (max(found) - min(found)) / middle

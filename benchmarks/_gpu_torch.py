@@ -6,11 +6,9 @@ transformers' ``LlamaForCausalLM`` with ``generate``. All in bfloat16 with rando
 by ``torch.compile``. JAX computes nothing here but shapes.
 """
 
+import functools
 import itertools
 import os
-import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # the card is PyTorch's
@@ -24,6 +22,7 @@ import transformers
 from adacm2_jax.config import AdaCM2Config
 from adacm2_jax.memory.policies import plan_for
 from adacm2_jax.models.adacm2 import init_params
+from benchmarks import _gpu
 from benchmarks._gpu import Rows, Size
 from benchmarks._torch_qformer import StreamingQFormer
 
@@ -31,30 +30,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16
 
 
-def wait() -> None:
+def wait(_: Any) -> None:
     """Until the card has done all that it was given."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
 
 
-def seconds_of(call: Callable[[], Any], least: float, windows: int = 5) -> tuple[float, float]:
-    """As ``_gpu.seconds_of``."""
-    for _ in range(3):
-        call()
-    wait()
-    begun = time.perf_counter()
-    call()
-    wait()
-    count = max(1, int(least / max(time.perf_counter() - begun, 1e-9)))
-    found = []
-    for _ in range(windows):
-        begun = time.perf_counter()
-        for _ in range(count):
-            call()
-        wait()
-        found.append((time.perf_counter() - begun) / count)
-    middle = statistics.median(found)
-    return middle, (max(found) - min(found)) / middle
+seconds_of = functools.partial(_gpu.seconds_of, wait=wait)
 
 
 def vision_model(config: AdaCM2Config) -> torch.nn.Module:
