@@ -38,6 +38,12 @@ class Example:
         question: may be empty.
         answer: None where it is not known.
         start, end: the part of the video that counts, seconds; None for the video's own.
+        answers: all that are right, where several are (captions); ``answer`` is the first of them.
+        choices: the texts among which one is right; empty where the answer is free.
+        at: when the question is asked, seconds; None for the video's end.
+        group: the video's name: intervals are over videos, and examples of one video that follow
+            one another are read together. Empty for ``video``.
+        category: results are reported by it, too.
     """
 
     id: str
@@ -46,6 +52,11 @@ class Example:
     answer: str | None
     start: float | None
     end: float | None
+    answers: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    at: float | None = None
+    group: str = ""
+    category: str = ""
 
 
 class JsonlSource:

@@ -1,0 +1,1 @@
+"""The benchmarks that people report; see ``task.py``."""

@@ -1,0 +1,94 @@
+"""What a benchmark is: how its annotation is read, how it is asked, and how answers are scored.
+
+One file beside this one a benchmark; it ends with ``TASKS``. A task knows neither videos nor
+models: it reads the published annotation and yields :class:`Item`. ``data.sources`` joins items
+with the videos of a directory, ``data/<name>/builder.py`` writes them as records,
+``adacm2_jax.scoring`` turns predictions into the benchmark's figures.
+"""
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from adacm2_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One question of a benchmark about one video.
+
+    Attributes:
+      id: names it in predictions; unique in its split.
+      video: the video's name in the annotation, without directory and suffix.
+      question: what stands for ``{question}`` in the task's prompt.
+      answers: the right ones: one, several (captions of one video), or none where they are not
+        published.
+      choices: the texts among which one is right; empty where the answer is free.
+      start, end: the part of the video that counts, seconds; None for the video's own.
+      at: when the question is asked, seconds: it may be answered by what came before alone; None
+        for the video's end.
+      category: results are reported by it, too.
+    """
+
+    id: str
+    video: str
+    question: str
+    answers: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    start: float | None = None
+    end: float | None = None
+    at: float | None = None
+    category: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A benchmark, or one of several that share their videos.
+
+    Attributes:
+      name: such as ``lvu_genre``.
+      read: (directory of the annotation, split) → its items, in the annotation's order. Raises
+        ``DataError`` for a file that is missing or of another form.
+      splits: that the annotation has.
+      files: of the annotation, as published, relative to its directory; for messages and docs.
+      prompt: what both language networks are asked; its only field is ``{question}``.
+      metrics: names in ``adacm2_jax.scoring.METRICS``; the first is the one that is reported.
+      by: ``generate``, or ``likelihood``: the most probable of the choices is the answer.
+      generation: fields of ``GenerationConfig`` that the protocol prescribes.
+    """
+
+    name: str
+    read: Callable[[Path, str], Sequence[Item]]
+    splits: tuple[str, ...]
+    files: tuple[str, ...]
+    prompt: str = "{question}"
+    metrics: tuple[str, ...] = ("top1",)
+    by: str = "generate"
+    generation: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def find(name: str) -> Task:
+    """The task of that name.
+
+    Raises:
+      UserError: if there is none; tells those there are.
+    """
+    known = every()
+    if name not in known:
+        raise UserError(f"task {name!r} is unknown; there are {', '.join(sorted(known))}")
+    return known[name]
+
+
+def every() -> dict[str, Task]:
+    """All tasks by name, of all files beside this one."""
+    package = importlib.import_module(__package__)
+    tasks: dict[str, Task] = {}
+    for module in sorted(found.name for found in pkgutil.iter_modules(package.__path__)):
+        tasks |= {
+            task.name: task
+            for task in getattr(importlib.import_module(f"{__package__}.{module}"), "TASKS", ())
+        }
+    return tasks
