@@ -17,6 +17,16 @@ import numpy as np
 from adacm2_jax.config import AdaCM2Config, tiny
 from adacm2_jax.inference import steps
 from adacm2_jax.inference.generate import GenerationConfig
+from adacm2_jax.memory.fused import by_kernels
+from adacm2_jax.memory.policies import plan_for
+from adacm2_jax.memory.slots import (
+    Frames,
+    Queries,
+    Retention,
+    VideoMemory,
+    init_memory,
+    read_frames,
+)
 from adacm2_jax.models.adacm2 import AdaCM2, StreamState, init_params, init_state
 from adacm2_jax.models.params import split_params
 from adacm2_jax.runs.experiment import OptimConfig
@@ -48,6 +58,8 @@ def section_runs(rows: Rows, size: Size) -> None:
         rows.add("oracle", right=ended.returncode == 0, told=told, seconds=seconds)
     with jax.default_matmul_precision("highest"):
         _compare(rows, "float32")
+        _compare_memory(rows, jnp.float32, 2.0**-23)
+    _compare_memory(rows, jnp.bfloat16, 2.0**-8)
     _compare_vit(rows)
 
 
@@ -131,6 +143,59 @@ def _train(config, params, frames, question, options) -> tuple[jax.Array, jax.Ar
     with jax.set_mesh(mesh):
         _, metrics = step(state, batch_of(frames, question))
     return metrics["loss"], metrics["grad_norm"]
+
+
+def _compare_memory(rows: Rows, dtype: Any, eps: float) -> None:
+    """The memory's kernels on the device against XLA's program on the CPU: one layer, full size."""
+    if jax.default_backend() != "gpu":
+        return
+    videos, chunk, q = 2, 8, AdaCM2Config().qformer
+    width = q.width // q.num_heads
+    config = AdaCM2Config()
+    plan, tokens = plan_for(config), config.vision.tokens_per_frame
+    retention = Retention(
+        recent=jnp.asarray(plan.recent[0]),
+        older=jnp.asarray(plan.older[0]),
+        seed=jnp.zeros(videos, jnp.uint32),
+        max_older=int(plan.older.max()),
+        ranking=plan.ranking,
+    )
+    rng = np.random.default_rng(0)
+
+    def normal(count: int) -> np.ndarray:
+        shape = chunk, videos, q.num_heads, count, width
+        return rng.normal(size=shape).astype(np.float32).astype(dtype)
+
+    index = np.tile(np.arange(chunk, dtype=np.int32)[:, None], videos)
+    frames = Frames(normal(tokens), normal(tokens), index, np.ones((chunk, videos), bool))
+    queries = Queries(normal(q.num_queries), normal(16), np.ones((videos, 16), bool))
+    empty = init_memory(videos, q.num_heads, width, plan.capacity, tokens, dtype)
+
+    def read(how: Callable) -> Any:
+        return jax.jit(how)(empty, retention, frames, queries)
+
+    mine, memory = _on(jax.devices()[0], lambda: read(by_kernels))
+    other, expected = _on(jax.devices("cpu")[0], lambda: read(read_frames))
+    wide = [each.astype(np.float32) for each in (mine, other)]
+    # What is handed out is rounded once to the type, what it is added up from to float32.
+    off, bound = _off(*wide), 4 * (eps + 2.0**-23 * len(plan.recent[0]) ** 0.5)
+    # What a rounding decides may differ: a few tokens whose scores are nearly the same.
+    kept = [set(map(tuple, _kept(each))) for each in (memory, expected)]
+    alike = len(kept[0] & kept[1]) / len(kept[1])
+    rows.add(
+        f"memory's kernels, {jnp.dtype(dtype)}",
+        right=off <= bound and alike > 0.95,
+        off=off,
+        bound=bound,
+        tokens_alike=alike,
+    )
+
+
+def _kept(memory: VideoMemory) -> np.ndarray:
+    """Video, frame and patch of every token that is kept."""
+    kept = memory.in_time_order()
+    video, place = np.nonzero(np.asarray(kept["live"]))
+    return np.stack([video, kept["frame"][video, place], kept["patch"][video, place]], 1)
 
 
 def _compare_vit(rows: Rows) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 #: Loops that run once a frame, or once a chunk of frames: the end of their ``op_name``.
 FRAME_LOOPS = {
     "chunks of frames": re.compile(r"shard_map/while$"),
-    "frames": re.compile(r"cross_attention/while$"),
+    "frames": re.compile(r"cross_attention/(.*/)?while$"),
     "ViT blocks": re.compile(r"vision/while$"),
 }
 

@@ -148,7 +148,9 @@ class AdaCM2(nn.Module):
             (c.temporal_positions, c.vision.width),
             ("frame", "vision"),
         )
-        self.qformer: Any = qformer_type(c)(c.qformer, c.vision.width, c.memory, c.remat)
+        self.qformer: Any = qformer_type(c)(
+            c.qformer, c.vision.width, c.memory, c.remat, c.fused_memory
+        )
         self.language_projection = Dense((c.qformer.width, c.llm.width), ("embed", "llm_embed"))
         self.llm = Llama(c.llm, c.remat)
 

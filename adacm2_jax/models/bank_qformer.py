@@ -98,6 +98,8 @@ class BankQFormer(nn.Module):
     vision_width: int
     memory_config: MemoryConfig
     remat: bool = True
+    #: Of no meaning for banks.
+    fused_memory: bool = False
 
     #: What it reads and leaves.
     memory_type: ClassVar = BankMemory

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from adacm2_jax.config import MemoryConfig, QFormerConfig
+from adacm2_jax.memory import fused
 from adacm2_jax.memory.policies import retention_plan
 from adacm2_jax.memory.slots import (
     Frames,
@@ -165,6 +166,7 @@ class CrossAttention(nn.Module):
     config: QFormerConfig
     score_rows: str
     deterministic: bool
+    fused_memory: bool = False
 
     @nn.compact
     def __call__(
@@ -191,18 +193,16 @@ class CrossAttention(nn.Module):
                 return jnp.where(kept, probs / (1 - rate), 0)
 
         with_text = self.score_rows != "query"
-        attended, memory = read_frames(
-            memory,
-            retention,
-            frames,
-            Queries(
-                rows=project(queries).transpose(1, 0, 3, 2, 4),
-                text=project(text).transpose(1, 0, 3, 2, 4) if with_text else None,
-                text_mask=text_mask,
-                rows_score=self.score_rows != "text",
-            ),
-            dropout,
+        rows = Queries(
+            rows=project(queries).transpose(1, 0, 3, 2, 4),
+            text=project(text).transpose(1, 0, 3, 2, 4) if with_text else None,
+            text_mask=text_mask,
+            rows_score=self.score_rows != "text",
         )
+        if self.fused_memory and dropout is None:
+            attended, memory = fused.read_frames(memory, retention, frames, rows)
+        else:
+            attended, memory = read_frames(memory, retention, frames, rows, dropout)
         attended = attended.transpose(1, 0, 3, 2, 4)  # [F, B, H, N, D] → [B, F, N, H, D]
         hidden_dropout = nn.Dropout(c.dropout, deterministic=self.deterministic)
         return attention_output(c, hidden_dropout, queries, attended), memory
@@ -226,6 +226,7 @@ class Group(nn.Module):
     config: QFormerConfig
     score_rows: str
     deterministic: bool
+    fused_memory: bool = False
 
     @nn.compact
     def __call__(self, x, text_mask, frames_valid, inputs):
@@ -243,7 +244,11 @@ class Group(nn.Module):
             queries, text = x[:, :, : c.num_queries], x[:, :, c.num_queries :]
             if i == 0:
                 read = CrossAttention(
-                    c, self.score_rows, self.deterministic, name="cross_attention"
+                    c,
+                    self.score_rows,
+                    self.deterministic,
+                    self.fused_memory,
+                    name="cross_attention",
                 )
                 queries, memory = read(
                     queries, text, text_mask, Frames(key, value, index, valid), memory, retention
@@ -285,6 +290,7 @@ class QFormer(nn.Module):
     vision_width: int
     memory_config: MemoryConfig = MemoryConfig()
     remat: bool = True
+    fused_memory: bool = False
 
     #: What it reads and leaves.
     memory_type: ClassVar = VideoMemory
@@ -389,7 +395,8 @@ class QFormer(nn.Module):
             length=c.num_cross_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, memory = groups(c, self.memory_config.score_rows, deterministic, name="groups")(
+        settings = c, self.memory_config.score_rows, deterministic, self.fused_memory
+        x, memory = groups(*settings, name="groups")(
             x,
             text_mask,
             (frames.index, frames.valid),

@@ -21,7 +21,7 @@ from adacm2_jax.training.step import StepConfig
 from adacm2_jax.video.sampling import RESIZE_NAMES, Sampling
 
 #: Of a model what may differ from the one that was trained.
-_FREE = [f"model.{x}" for x in ("memory.", "dtype", "qformer_dtype", "remat", "fused_attention")]
+_FREE = [f"model.{x}" for x in ("memory.", "dtype", "qformer_dtype", "remat", "fused_")]
 #: Dotted prefixes of the fields that may differ from the stored ones, by what is done with them.
 MAY_CHANGE = {
     # They do not alter what the steps compute; train.steps says where the run ends.

@@ -206,7 +206,9 @@ def loss_fn(
       UserError: where the gradient would not be exact, see :func:`check_step`.
     """
     check_step(options, learned, batch.valid.shape[1])
-    model, params = AdaCM2(config), join_params(learned, frozen)
+    # The kernels of a fused memory have no gradient.
+    model = AdaCM2(dataclasses.replace(config, fused_memory=False))
+    params = join_params(learned, frozen)
     state = init_state(config, batch.valid.sum(1), batch.seed)
     dropout = dict(deterministic=False, rngs={"dropout": rng})
     clip = batch.frames, batch.valid, batch.question, state
