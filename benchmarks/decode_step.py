@@ -4,10 +4,14 @@ A LLaMA of the size of SmolLM2-135M (30 layers of width 576, nine heads and thre
 values) with random float32 weights writes tokens by ``generate.search``, one row and greedy, as an
 answer is written; beside it the same with its layers stacked, as they are trained and stored
 (``params.unstacked``). Both must write the same tokens.
+
+Then by five beams for four videos, whose prompts are shared (``KVCache.branched``), against a cache
+that holds the prompt once a beam.
 """
 
 import argparse
 import functools
+import unittest.mock
 
 import _paired  # before JAX: it sets the number of threads
 import flax.linen as nn
@@ -17,7 +21,7 @@ import numpy as np
 
 from adacm2_jax.config import LlamaConfig
 from adacm2_jax.inference.generate import GenerationConfig, search
-from adacm2_jax.models.llama import Llama, init_cache
+from adacm2_jax.models.llama import KVCache, Llama, init_cache
 from adacm2_jax.models.params import unstacked
 
 CONFIG = LlamaConfig(
@@ -30,27 +34,43 @@ CONFIG = LlamaConfig(
     tie_embeddings=True,
 )
 PROMPT, TOKENS = 64, 16
+VIDEOS, BEAMS = 4, 5
 MODEL = Llama(CONFIG)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def write(params: dict, ids: jax.Array, tokens: int) -> jax.Array:
-    """int32[tokens]: what follows a prompt, int32[1, PROMPT]."""
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def write(params: dict, ids: jax.Array, tokens: int, beams: int = 1) -> jax.Array:
+    """int32[B, tokens]: what follows each prompt of int32[B, PROMPT]."""
     run = functools.partial(MODEL.apply, {"params": params})
-    cache = init_cache(CONFIG, 1, PROMPT + tokens, jnp.float32)
-    mask, positions = jnp.ones(ids.shape, bool), jnp.arange(PROMPT)[None]
+    cache = init_cache(CONFIG, len(ids), PROMPT + tokens - 1, jnp.float32)
+    mask = jnp.ones(ids.shape, bool)
+    positions = jnp.broadcast_to(jnp.arange(PROMPT), ids.shape)
     embeddings = run(ids, jnp.float32, method="embed")
     hidden, cache = run(embeddings, mask, positions, cache)
 
     def decode(token, cache):
-        place = jnp.broadcast_to(cache.index, (1, 1))
         embedding = run(token[:, None], jnp.float32, method="embed")
-        hidden, cache = run(embedding, jnp.ones((1, 1), bool), place, cache)
+        real = jnp.ones((len(token), 1), bool)
+        hidden, cache = run(embedding, real, cache.tokens[:, None], cache)
         return run(hidden[:, 0], method="logits"), cache
 
     first = run(hidden[:, -1], method="logits")
-    options = GenerationConfig(max_new_tokens=tokens, min_new_tokens=tokens, eos_ids=())
-    return search(first, cache, decode, options).ids[0, 0]
+    options = GenerationConfig(
+        max_new_tokens=tokens, min_new_tokens=tokens, eos_ids=(), num_beams=beams
+    )
+    return search(first, cache, decode, options).ids[:, 0]
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def write_apart(params: dict, ids: jax.Array, tokens: int) -> jax.Array:
+    """:func:`write` by beams that hold a prompt each."""
+    with unittest.mock.patch.object(KVCache, "branched", _repeated):
+        return write.__wrapped__(params, ids, tokens, BEAMS)
+
+
+def _repeated(cache: KVCache, count: int, room: int) -> KVCache:
+    leaves = {name: getattr(cache, name) for name in ("key", "value", "mask")}
+    return cache.replace(**jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), leaves))
 
 
 def main() -> None:
@@ -82,6 +102,15 @@ def main() -> None:
             f" {_paired.ratio(row):>17}",
             flush=True,
         )
+    ids = jnp.asarray(np.random.default_rng(1).integers(0, CONFIG.vocab_size, (VIDEOS, PROMPT)))
+    ours = lambda: np.asarray(write(apart, ids, TOKENS, BEAMS))  # noqa: E731
+    theirs = lambda: np.asarray(write_apart(apart, ids, TOKENS))  # noqa: E731
+    row = dict(beams=BEAMS) | _paired.paired(ours, theirs, rounds=args.rounds)
+    results["rows"].append(row)
+    print(
+        f"{BEAMS} beams, {VIDEOS} videos: {row['ours'] * 1e3:.1f} ms, with a prompt a beam "
+        f"{row['theirs'] * 1e3:.1f} ms, {_paired.ratio(row)}"
+    )
     _paired.write_json(args.json, results)
 
 

@@ -214,7 +214,7 @@ def search(
     beams, longest = config.num_beams, config.max_new_tokens
     if beams > 1:
         choose = partial(_choose_beams, config=config)
-        cache = _take_beams(cache, jnp.zeros((batch, beams), jnp.int32))
+        cache = cache.branched(beams, longest - 1)
         logits = jnp.repeat(logits, beams, axis=0)
     else:
         keys = _row_keys(config, batch, rng)
@@ -389,14 +389,15 @@ def _best(sequences: Generated, count: int) -> tuple[Generated, jax.Array]:
 def _take_beams(cache: KVCache, parent: jax.Array) -> KVCache:
     """The cache of the chosen beams: int32[B, K], each row's parents among its own rows.
 
-    Row by row, so that on a mesh no device needs another one's rows.
+    What they share stays where it is. Row by row, so that on a mesh no device needs another one's
+    rows.
     """
     batch = len(parent)
 
     def take(leaf: jax.Array) -> jax.Array:
-        rows = leaf.reshape((batch, -1) + leaf.shape[1:])
+        rows = leaf.reshape((batch, len(leaf) // batch) + leaf.shape[1:])
         pick = jax.vmap(lambda row, chosen: jnp.take(row, chosen, axis=0))
-        return pick(rows, parent).reshape((-1,) + leaf.shape[1:])
+        return pick(rows, parent).reshape((parent.size,) + leaf.shape[1:])
 
     arrays = cache.key, cache.value, cache.mask
     key, value, mask = jax.tree.map(take, arrays)

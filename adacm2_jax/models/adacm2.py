@@ -309,7 +309,7 @@ class AdaCM2(nn.Module):
 
     def decode(self, ids: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """One more token: int32[B] → float32[B, vocabulary] logits of the next, and the cache."""
-        positions = cache.mask.sum(axis=1, dtype=jnp.int32)[:, None]
+        positions = cache.tokens[:, None]
         embeddings = self.llm.embed(ids[:, None], cache.key[0].dtype)
         mask = jnp.ones((ids.shape[0], 1), bool)
         hidden, cache = self.llm(embeddings, mask, positions, cache)

@@ -1,5 +1,6 @@
 """The few building blocks that the networks share, with PyTorch's numerics where they differ."""
 
+import functools
 import importlib.util
 import math
 from collections.abc import Callable
@@ -167,6 +168,44 @@ def attention(
     if dropout is not None:
         probs = dropout(probs)
     return jnp.einsum("bhqk,bkhd->bqhd", probs.astype(value.dtype), value)
+
+
+def attention_behind(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    shared_key: jax.Array,
+    shared_value: jax.Array,
+    mask: jax.Array,
+) -> jax.Array:
+    """:func:`attention` to what groups of rows share, and behind it to what each row has itself.
+
+    As if the shared keys and values were repeated for each row and stood in front of its own.
+
+    Args:
+      query: [G·R, Q, H, D], R rows of each of G groups.
+      key, value: [G·R, K, H, D].
+      shared_key, shared_value: [G, J, H, D].
+      mask: bool, broadcastable to [G·R, H, Q, J + K].
+
+    Returns:
+      [G·R, Q, H, D].
+    """
+    precision = jnp.promote_types(query.dtype, jnp.float32)
+    rows, groups, places = len(query), len(shared_key), shared_key.shape[1]
+
+    def grouped(x: jax.Array) -> jax.Array:
+        return x.reshape(groups, rows // groups, *x.shape[1:])
+
+    wide_einsum = functools.partial(jnp.einsum, preferred_element_type=precision)
+    own = wide_einsum("bqhd,bkhd->bhqk", query, key)
+    shared = wide_einsum("grqhd,gkhd->grhqk", grouped(query), shared_key)
+    logits = jnp.concatenate([shared.reshape(*own.shape[:3], places), own], axis=3)
+    logits = jnp.where(mask, logits * query.shape[-1] ** -0.5, jnp.finfo(precision).min)
+    probs = jax.nn.softmax(logits).astype(value.dtype)
+    of_shared, of_own = probs[..., :places], probs[..., places:]
+    y = wide_einsum("grhqk,gkhd->grqhd", grouped(of_shared), shared_value).reshape(query.shape)
+    return (y + wide_einsum("bhqk,bkhd->bqhd", of_own, value)).astype(value.dtype)
 
 
 def fused_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ RMSNorm in float32, cast back before the weight; rotary positions in half-split 
 order; SwiGLU; no biases. The same code serves training (no cache), prefill and decoding.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -16,6 +17,7 @@ from adacm2_jax.models.layers import (
     ONES,
     Dense,
     attention,
+    attention_behind,
     embedding,
     param,
     rematerialised,
@@ -26,7 +28,10 @@ from adacm2_jax.sharding import rows_sharded
 
 
 class KVCache(struct.PyTreeNode):
-    """Keys and values of all layers, at a fixed length; an argument and a result of the decoder."""
+    """Keys and values of all layers, at a fixed length; an argument and a result of the decoder.
+
+    Rows may share what they begin with: see :meth:`branched`.
+    """
 
     #: of every layer [B, length, KV heads, D].
     key: tuple[jax.Array, ...]
@@ -36,6 +41,59 @@ class KVCache(struct.PyTreeNode):
     mask: jax.Array
     #: int32: places written so far, the same for the whole batch.
     index: jax.Array
+    #: What comes before, of B / K rows: row b goes on from row b // K of it. None: nothing does.
+    prompt: "KVCache | None" = None
+
+    @property
+    def tokens(self) -> jax.Array:
+        """int32[B]: real tokens of every row, those that it shares counted."""
+        own = self.mask.sum(axis=1, dtype=jnp.int32)
+        if self.prompt is None:
+            return own
+        return own + jnp.repeat(self.prompt.tokens, self._rows_each)
+
+    def branched(self, count: int, room: int) -> "KVCache":
+        """K = ``count`` rows for each row, that share what has been read and own what comes.
+
+        Args:
+          count: K.
+          room: places that each row has of its own: the last ``room`` of this cache, where nothing
+            has been written yet.
+        """
+        rows = len(self.mask)
+        shared = self.mask.shape[1] - room
+
+        def own(leaf: jax.Array) -> jax.Array:
+            # One place where none is needed: to write is compiled even where it never happens.
+            return jnp.zeros((rows * count, max(room, 1), *leaf.shape[2:]), leaf.dtype)
+
+        before = {name: getattr(self, name) for name in ("key", "value", "mask")}
+        return KVCache(
+            **jax.tree.map(own, before),
+            index=jnp.zeros((), jnp.int32),
+            prompt=self.replace(**jax.tree.map(lambda leaf: leaf[:, :shared], before)),
+        )
+
+    @property
+    def _rows_each(self) -> int:
+        assert self.prompt is not None
+        return len(self.mask) // len(self.prompt.mask)
+
+    def layers(self) -> tuple[tuple[jax.Array, ...], ...]:
+        """Of every layer its key and value, and behind them those that its rows share."""
+        own = self.key, self.value
+        shared = () if self.prompt is None else (self.prompt.key, self.prompt.value)
+        return tuple(zip(*own, *shared, strict=True))
+
+    def seen(self, places: jax.Array) -> jax.Array:
+        """bool[B, 1, S, shared + length]: what rows attend to from int32[S] ``places``."""
+        causal = jnp.arange(self.mask.shape[1]) <= places[:, None]
+        own = causal[None, None] & self.mask[:, None, None]
+        if self.prompt is None:
+            return own
+        before = jnp.repeat(self.prompt.mask, self._rows_each, axis=0)[:, None, None]
+        before = jnp.broadcast_to(before, (*own.shape[:3], before.shape[3]))
+        return jnp.concatenate([before, own], axis=3)
 
 
 def init_cache(config: LlamaConfig, batch: int, length: int, dtype) -> KVCache:
@@ -74,7 +132,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x, positions, mask, index, cache):
-        """x [B, S, W]; mask bool[B, 1, S, K]; ``cache`` is None or this layer's (key, value)."""
+        """x [B, S, W]; mask bool[B, 1, S, K]; ``cache`` is None or of :meth:`KVCache.layers`."""
         c = self.config
 
         def heads(name, count):
@@ -85,12 +143,17 @@ class Layer(nn.Module):
         query = rotary(heads("query", c.num_heads), positions, c.rope_theta)
         key = rotary(heads("key", c.num_kv_heads), positions, c.rope_theta)
         value = heads("value", c.num_kv_heads)
+        shared: tuple[jax.Array, ...] = ()
         if cache is not None:
             put = jax.lax.dynamic_update_slice_in_dim
             key, value = put(cache[0], key, index, 1), put(cache[1], value, index, 1)
-            cache = (key, value)
-        share = c.num_heads // c.num_kv_heads
-        y = attention(query, jnp.repeat(key, share, axis=2), jnp.repeat(value, share, axis=2), mask)
+            cache, shared = (key, value), cache[2:]
+        repeat = functools.partial(jnp.repeat, repeats=c.num_heads // c.num_kv_heads, axis=2)
+        if shared:
+            before = repeat(shared[0]), repeat(shared[1])
+            y = attention_behind(query, repeat(key), repeat(value), *before, mask)
+        else:
+            y = attention(query, repeat(key), repeat(value), mask)
         axes = ("llm_heads", "head_dim", "llm_embed")
         shape = (c.num_heads, c.head_dim, c.width)
         x = x + Dense(shape, axes, num_inputs=2, use_bias=False, name="out")(y)
@@ -159,25 +222,20 @@ class Llama(nn.Module):
           Normalised hidden states [B, S, W], and the ``KVCache`` with the new tokens, or None.
         """
         length = embeddings.shape[1]
-        index = jnp.zeros((), jnp.int32)
-        layer_cache, known = None, mask
-        if cache is not None:
-            index = cache.index
-            known = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, index, 1)
-            layer_cache = tuple(zip(cache.key, cache.value, strict=True))
+        x = rows_sharded(embeddings)
+        index = jnp.zeros((), jnp.int32) if cache is None else cache.index
         place = index + jnp.arange(length)
-        causal = jnp.arange(known.shape[1]) <= place[:, None]
-        seen = causal[None, None] & known[:, None, None]
-        x, layer_cache = self._through_layers(
-            rows_sharded(embeddings), positions, seen, index, layer_cache
-        )
-        if cache is not None:
-            key, value = zip(*layer_cache, strict=True)
-            cache = KVCache(key=key, value=value, mask=known, index=index + length)
-        return self.norm(x), cache
+        if cache is None:
+            seen = (place <= place[:, None])[None, None] & mask[:, None, None]
+            return self.norm(self._through_layers(x, positions, seen, index, None)[0]), None
+        known = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, index, 1)
+        cache = cache.replace(mask=known)
+        x, layers = self._through_layers(x, positions, cache.seen(place), index, cache.layers())
+        key, value = zip(*layers, strict=True)
+        return self.norm(x), cache.replace(key=key, value=value, index=index + length)
 
     def _through_layers(self, x: jax.Array, positions, mask, index, caches):
-        """All layers; ``caches`` is None or (key, value) of each, and so is what is returned."""
+        """All layers; ``caches`` is None or :meth:`KVCache.layers`; gives (key, value) of each."""
         apart: Any = self.get_variable("params", "layers")
         if not isinstance(apart, tuple):
             stacked = caches and jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)

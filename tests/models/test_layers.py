@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adacm2_jax.models.layers import attention, fused_attention, wide_product
+from adacm2_jax.models.layers import attention, attention_behind, fused_attention, wide_product
 from tests.oracle import U
 
 HALVES = ("bfloat16", "float16")
@@ -46,6 +46,28 @@ def test_the_gradient_of_a_wide_product_is_that_of_one_in_half_precision(half):
 def test_in_float32_a_wide_product_is_the_product():
     x, kernel = normal(0, 3, 64, dtype="float32"), normal(1, 64, 40, dtype="float32")
     assert np.array_equal(jax.jit(wide_product)(x, kernel), jax.jit(jnp.matmul)(x, kernel))
+
+
+@pytest.mark.parametrize("dtype", ("float32", *HALVES))
+def test_what_rows_share_is_attended_to_as_if_each_had_it(dtype):
+    groups, rows, width = 2, 3, 8
+    query = normal(0, groups * rows, 2, 4, width, dtype=dtype)
+    key, value = (normal(seed, groups * rows, 5, 4, width, dtype=dtype) for seed in (1, 2))
+    before = [normal(seed, groups, 7, 4, width, dtype=dtype) for seed in (3, 4)]
+    mask = np.random.default_rng(5).random((groups * rows, 1, 2, 12)) < 0.7
+    found = attention_behind(query, key, value, *before, mask)
+    whole = [
+        np.concatenate([np.repeat(np.asarray(shared, np.float64), rows, axis=0), own], axis=1)
+        for shared, own in zip(before, (key, value), strict=True)
+    ]
+    logits = np.einsum("bqhd,bkhd->bhqk", np.asarray(query, np.float64), whole[0]) * width**-0.5
+    weights = np.where(mask, np.exp(logits - logits.max(-1, keepdims=True)), 0)
+    probs = weights / weights.sum(-1, keepdims=True)
+    expected = np.einsum("bhqk,bkhd->bqhd", probs, whole[1])
+    assert found.dtype == dtype
+    # A probability and the sum are rounded once each; values are at most 4.
+    bound = 8 * float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=bound, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", ("float32", *HALVES))

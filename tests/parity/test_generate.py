@@ -87,7 +87,7 @@ def prefill(params, embeddings, mask):
 def search_llama(params, logits, cache, config: GenerationConfig) -> Generated:
     def decode(ids, cache):
         embedded = MODEL.apply({"params": params}, ids[:, None], jnp.float32, method="embed")
-        positions = cache.mask.sum(axis=1)[:, None]
+        positions = cache.tokens[:, None]
         return run(params, embedded, jnp.ones((len(ids), 1), bool), positions, cache)
 
     return search(logits, cache, decode, config)
