@@ -2,10 +2,11 @@
 
 The ViT is transformers' ``InstructBlipVisionModel`` with scaled-dot-product attention; Q-Former and
 memory are ``_torch_qformer.py`` in its fused form, frame by frame; the language model is
-transformers' ``LlamaForCausalLM`` with ``generate``. All in bfloat16 with random weights, eager and
-by ``torch.compile``. JAX computes nothing here but shapes.
+transformers' ``LlamaForCausalLM`` with ``generate``; MA-LMM's banks are ``_torch_banks.py``. All in
+bfloat16 with random weights, eager and by ``torch.compile``. JAX computes nothing here but shapes.
 """
 
+import dataclasses
 import functools
 import itertools
 import os
@@ -19,15 +20,18 @@ import numpy as np
 import torch
 import transformers
 
-from adacm2_jax.config import AdaCM2Config
+from adacm2_jax.config import AdaCM2Config, MemoryConfig
 from adacm2_jax.memory.policies import plan_for
 from adacm2_jax.models.adacm2 import init_params
 from benchmarks import _gpu
 from benchmarks._gpu import Rows, Size
+from benchmarks._torch_banks import BankedQFormer
 from benchmarks._torch_qformer import StreamingQFormer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16
+#: As MA-LMM has it for LVU.
+BANK_FRAMES = 20
 
 
 def wait(_: Any) -> None:
@@ -56,7 +60,7 @@ def vision_model(config: AdaCM2Config) -> torch.nn.Module:
 
 
 def qformer(config: AdaCM2Config, words: int) -> torch.nn.Module:
-    """Q-Former and memory of one video, with random weights."""
+    """Q-Former and memory of one video, with random weights; for ``merge`` with MA-LMM's banks."""
     shapes = nn.unbox(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
     rng = np.random.default_rng(0)
 
@@ -64,14 +68,17 @@ def qformer(config: AdaCM2Config, words: int) -> torch.nn.Module:
         values = rng.standard_normal(leaf.shape, np.float32) * np.float32(0.02)
         return values + np.float32(path[-1].key == "scale")
 
+    # MA-LMM's has the text padded to its places; here every row is real.
+    ids = rng.integers(1, config.qformer.vocab_size, words)
     needed = {name: shapes[name] for name in ("ln_vision", "temporal_embed", "qformer")}
     params = jax.tree_util.tree_map_with_path(draw, needed)
+    if config.memory.policy == "merge":
+        return BankedQFormer(params, config, ids).to(DEVICE, DTYPE).eval()
     plan = plan_for(config)
 
     def counts(live: int) -> tuple[int, int]:
         return int(plan.recent[0, live]), int(plan.older[0, live])
 
-    ids = rng.integers(1, config.qformer.vocab_size, words)
     return StreamingQFormer(params, config, counts, ids, fused=True).to(DEVICE, DTYPE).eval()
 
 
@@ -127,8 +134,11 @@ def _frames(rows: Rows, size: Size, config: AdaCM2Config, about: dict) -> None:
     chunk = size.chunks[0]
     batch = torch.randn(chunk, 3, side, side, device=DEVICE, dtype=DTYPE)
     features = torch.randn(chunk, p, config.vision.width, device=DEVICE, dtype=DTYPE)
-    for way, (encode, read) in ways.items():
-        name = f"eq8, 1 videos, 1 questions, chunk {chunk}, {way}"
+    memories = [(f"eq8, 1 videos, 1 questions, chunk {chunk}, {way}", *ways[way]) for way in ways]
+    banks = MemoryConfig(policy="merge", bank_frames=BANK_FRAMES)
+    reader = qformer(dataclasses.replace(config, memory=banks), size.words)
+    memories.append((f"MA-LMM's banks of {BANK_FRAMES}, 1 videos, chunk {chunk}", vit, reader))
+    for name, encode, read in memories:
         if rows.late(name):
             return
         for i in range(3 * chunk):  # until the memory has its length
