@@ -48,6 +48,8 @@ def section_stream(rows: Rows, size: Size) -> None:
     """Frames a second of the parts and of all together, most wanted first."""
     config = size.config()
     params = draw_params(config, READING)
+    _vit(rows, size, params, size.images[0], True, ", stacked")
+    params = unstacked(params)
     alone = _vit_alone(rows, size, params)
     for preset, questions, chunk, videos in itertools.product(
         ("eq8", "eq6"), size.questions, size.chunks, size.videos
@@ -64,18 +66,22 @@ def _vit_alone(rows: Rows, size: Size, params: dict) -> dict[bool, float]:
     """The ViT by images and kind of attention; the best frames a second of each kind."""
     best = {False: 0.0, True: 0.0}
     for images, fused in itertools.product(size.images, (False, True)):
-        name = f"ViT, {images} images, fused {fused}"
-        if rows.late(name):
-            break
-        config = size.config(fused_attention=fused)
-        model, frames = AdaCM2(config), pixels(config, 1, images)
-        call = lambda m=model, f=frames: steps.encode(m, params, f)  # noqa: E731
-        seconds, spread = seconds_of(call, size.least)
-        rate = flops_of(lambda p, f, m=model: steps.encode(m, p, f), params, frames) / seconds
-        share = rows.share(rate, "product", "flops_a_second")
-        best[fused] = max(best[fused], images / seconds)
-        rows.add(name, frames_a_second=images / seconds, share=share, spread=spread)
+        best[fused] = max(best[fused], _vit(rows, size, params, images, fused))
     return best
+
+
+def _vit(rows: Rows, size: Size, params: dict, images: int, fused: bool, how: str = "") -> float:
+    """Frames a second of the ViT; 0 where there is no time for it."""
+    name = f"ViT, {images} images, fused {fused}{how}"
+    if rows.late(name):
+        return 0.0
+    config = size.config(fused_attention=fused)
+    model, frames = AdaCM2(config), pixels(config, 1, images)
+    seconds, spread = seconds_of(lambda: steps.encode(model, params, frames), size.least)
+    rate = flops_of(lambda p, f: steps.encode(model, p, f), params, frames) / seconds
+    share = rows.share(rate, "product", "flops_a_second")
+    rows.add(name, frames_a_second=images / seconds, share=share, spread=spread)
+    return images / seconds
 
 
 def _stream(
@@ -188,7 +194,7 @@ def section_trace(rows: Rows, size: Size) -> None:
         if rows.late(name):
             return
         config = size.config(fused_attention=fused)
-        params = draw_params(config, READING)
+        params = unstacked(draw_params(config, READING))
         model, frames = AdaCM2(config), pixels(config, videos, size.chunks[0])
         asked = ask(config, videos, size.words)
         valid = jnp.ones(frames.shape[:2], bool)

@@ -110,15 +110,14 @@ def loop_body(text: str, end: re.Pattern) -> list[str]:
     if len(bodies) != 1:
         raise ValueError(f"{len(bodies)} loops end with {end.pattern}, not one")
 
-    def expand(name: str) -> Iterator[str]:
-        for line in computations[name]:
-            called = re.search(r" call\(.*to_apply=%?([\w.\-]+)", line)
-            if called:
-                yield from expand(called[1])
-            else:
-                yield line
+    return list(_with_called(computations, bodies.pop()))
 
-    return list(expand(bodies.pop()))
+
+def entry(text: str) -> list[str]:
+    """The instructions of a program's entry, with those of what it calls, but of no loop."""
+    computations, name = _computations(text)
+
+    return list(_with_called(computations, name))
 
 
 def kernels(lines: list[str]) -> list[str]:
@@ -144,6 +143,15 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     if not entry:
         raise ValueError("this is no text of an HLO module: it has no ENTRY computation")
     return computations, entry
+
+
+def _with_called(computations: dict[str, list[str]], name: str) -> Iterator[str]:
+    for line in computations[name]:
+        called = re.search(r" call\(.*to_apply=%?([\w.\-]+)", line)
+        if called:
+            yield from _with_called(computations, called[1])
+        else:
+            yield line
 
 
 def _walk(

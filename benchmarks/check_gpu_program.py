@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from adacm2_jax.config import AdaCM2Config, instructblip_vicuna_7b, memory_preset
 from adacm2_jax.inference.steps import encode, read
 from adacm2_jax.models.adacm2 import AdaCM2, Question, init_state
-from adacm2_jax.models.params import abstract_params
+from adacm2_jax.models.params import abstract_params, unstacked
 from adacm2_jax.plan.topology import parse_topology, topology_devices
 from adacm2_jax.sharding import make_mesh, replicated
 from benchmarks import _hlo
@@ -35,8 +35,9 @@ MOST_KERNELS = {("eq8", False): 28, ("eq6", False): 28, ("eq8", True): 4, ("eq6"
 _GROUPS = (("temporal_embed", 1.0), (".*", None))
 
 
-def program(config: AdaCM2Config, step: str) -> str:
-    """The text of ``encode`` or ``read``, optimised for one H100."""
+def program(config: AdaCM2Config, step: str, apart: bool = False) -> str:
+    """The text of ``encode`` or ``read``, optimised for one H100; ``apart``: for layers with
+    parameters of their own, as a model that is asked has them."""
     (device,) = topology_devices(parse_topology("h100"))
     mesh = make_mesh((1, 1), [device])
     model, place = AdaCM2(config), replicated(mesh)
@@ -45,6 +46,7 @@ def program(config: AdaCM2Config, step: str) -> str:
         return jax.ShapeDtypeStruct(dims, dtype, sharding=place)
 
     params = abstract_params(config, _GROUPS, mesh)
+    params = unstacked(params) if apart else params
     side = config.vision.image_size
     if step == "encode":
         arguments = params, shape(jnp.uint8, 1, CHUNK, side, side, 3)
@@ -108,6 +110,10 @@ def main() -> int:
         squares = [f"{a},{b}]" for a in padded for b in padded]
         if fused and any("f32[" in line and square in line for line in body for square in squares):
             failures.append("fused attention leaves an array of all logits in float32")
+    lines = _hlo.entry(program(config, "encode", apart=True))
+    size, shape = largest(lines)
+    count = len(_hlo.kernels(lines)) / config.vision.depth
+    print(f"| ViT, by blocks | fused, apart | {count:.1f} | {shape} | {size / 2**20:.0f} |")
     for (preset, ours), most in MOST_KERNELS.items():
         config = instructblip_vicuna_7b(
             dtype="bfloat16", memory=memory_preset(preset), fused_memory=ours

@@ -91,21 +91,24 @@ def join_params(learned: dict, frozen: dict) -> dict:
 
 
 def unstacked(params: dict) -> dict:
-    """The parameters as answering is fastest: each layer of the language model with its own.
+    """The parameters as answering is fastest: each layer with its own.
 
-    A loop over stacked layers copies each layer's weights out of the stack for every token
-    (``benchmarks/decode_step.py``). Only the language model's layers are taken apart: a product of
-    the ViT has rows enough to hide the copy.
+    A loop over stacked layers copies each layer's weights out of the stack: in the language model
+    for every token (``benchmarks/decode_step.py``), in the ViT for every chunk. The Q-Former's stay
+    stacked: they are small.
 
     Args:
-      params: of a model, or their shapes. Its stacked arrays are used up, one after the other, so
-        that no more than one of them is held twice.
+      params: of a model or of some of its parts, or their shapes. Its stacked arrays are used up,
+        one after the other, so that no more than one of them is held twice.
     """
-    stack = params["llm"]["layers"]
-    leaves, structure = jax.tree.flatten(stack)
-    parts = [_split(leaf) for leaf in leaves]
-    layers = tuple(jax.tree.unflatten(structure, own) for own in zip(*parts, strict=True))
-    return params | {"llm": params["llm"] | {"layers": layers}}
+    for part, name in (("vision", "blocks"), ("llm", "layers")):
+        if part not in params:
+            continue
+        leaves, structure = jax.tree.flatten(params[part][name])
+        parts = [_split(leaf) for leaf in leaves]
+        layers = tuple(jax.tree.unflatten(structure, own) for own in zip(*parts, strict=True))
+        params = params | {part: params[part] | {name: layers}}
+    return params
 
 
 def _split(leaf: Any) -> Sequence[Any]:

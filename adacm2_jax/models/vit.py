@@ -92,6 +92,12 @@ class VisionTransformer(nn.Module):
             ("one", "token", "vision"),
         )
         x = x + positions.astype(x.dtype)
+        settings = c, pixels.dtype, self.fused_attention
+        apart: Any = self.get_variable("params", "blocks")
+        if isinstance(apart, tuple):  # see params.unstacked
+            for own in apart:
+                x, _ = Block(*settings, parent=None).apply({"params": own}, x, None)
+            return x
         blocks = nn.scan(
             rematerialised(Block, self.remat),
             variable_axes={"params": 0},
@@ -99,4 +105,4 @@ class VisionTransformer(nn.Module):
             length=c.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        return blocks(c, pixels.dtype, self.fused_attention, name="blocks")(x, None)[0]
+        return blocks(*settings, name="blocks")(x, None)[0]

@@ -1,4 +1,4 @@
-"""A language model whose layers have parameters of their own answers as one whose are stacked."""
+"""A model whose layers have parameters of their own computes what one whose are stacked does."""
 
 import dataclasses
 
@@ -61,15 +61,25 @@ def test_likelihoods_are_the_same():
     np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
+def test_the_vit_is_the_same():
+    frames = np.random.default_rng(2).integers(0, 256, (1, 2, 56, 56, 3), np.uint8)
+    run = jax.jit(call, static_argnums=(0, 2))
+    one, other = (
+        run(AdaCM2(CONFIG), params, "encode_frames", frames)
+        for params in (stacked(), unstacked(stacked()))
+    )
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 def test_the_fingerprint_does_not_tell_them_apart(depth):
     config = dataclasses.replace(CONFIG, llm=dataclasses.replace(CONFIG.llm, depth=depth))
     params = stacked(config)
-    layers = params["llm"]["layers"]
+    blocks, layers = params["vision"]["blocks"], params["llm"]["layers"]
     whole = fingerprint(params)
     apart = unstacked(params)
     assert len(apart["llm"]["layers"]) == depth and fingerprint(apart) == whole
     changed = jax.tree.map(lambda leaf: leaf, apart)
     changed["llm"]["layers"][-1]["mlp_norm"]["scale"] += 1
     assert fingerprint(changed) != whole
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(layers))  # never held twice
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((blocks, layers)))  # never held twice
