@@ -1,4 +1,8 @@
-"""A run is the same on one device, on eight, and in two processes; also across its checkpoints."""
+"""A run is the same on one device, on eight, and in two processes; also across its checkpoints.
+
+``make test`` trains on one device and in two processes, whose checkpoint goes on in one process of
+eight devices. ``make check-curves`` has more meshes and every way across.
+"""
 
 import os
 
@@ -8,8 +12,11 @@ import pytest
 from tests.distributed.conftest import run_curves
 from tests.distributed.curves import STEPS
 
-#: One mesh, and with ``make check-curves`` all: every one compiles for itself in every process.
-MESHES = ((8, 1), (4, 2), (2, 4)) if os.environ.get("ALL_MESHES") else ((4, 2),)
+#: Every mesh compiles for itself in every process: minutes for all.
+ALL = bool(os.environ.get("ALL_MESHES"))
+MESHES = ((8, 1), (4, 2), (2, 4)) if ALL else ((4, 2),)
+PLACES = ("eight", "two") if ALL else ("two",)
+WAYS = ("eight to two", "two to one", "two to eight") if ALL else ("two to eight",)
 
 
 @pytest.fixture(scope="module")
@@ -23,26 +30,23 @@ def curves(compiled_once, tmp_path_factory) -> dict:
         found.update(zip(jobs, results, strict=True))
 
     one, by_two = {"shape": (1, 1)}, str(path / "by_two")
-    run(
-        1,
-        {"one": one, "ulp": one | {"ulp": True}}
-        | {("eight", shape): {"shape": shape} for shape in MESHES[1:]}
-        | {("eight", MESHES[0]): {"shape": MESHES[0], "save": str(path / "by_eight")}},
-        make_start=True,
-    )
-    run(
-        2,
-        {("two", shape): {"shape": shape} for shape in MESHES[1:]}
-        | {("two", MESHES[0]): {"shape": MESHES[0], "save": by_two, "interleaved": True}}
-        | {"eight to two": {"shape": MESHES[-1], "load": str(path / "by_eight")}},
-    )
-    run(
-        1,
-        {
-            "two to one": one | {"load": by_two},
-            "two to eight": {"shape": (4, 2), "load": by_two},
-        },
-    )
+    by_one_process = {"one": one, "ulp": one | {"ulp": True}}
+    by_two_processes = {
+        ("two", shape): {"shape": shape} | ({"save": by_two, "interleaved": True} if not i else {})
+        for i, shape in enumerate(MESHES)
+    }
+    after = {"two to eight": {"shape": (4, 2), "load": by_two}}
+    if ALL:
+        by_eight = str(path / "by_eight")
+        by_one_process |= {
+            ("eight", shape): {"shape": shape} | ({} if i else {"save": by_eight})
+            for i, shape in enumerate(MESHES)
+        }
+        by_two_processes["eight to two"] = {"shape": MESHES[-1], "load": by_eight}
+        after["two to one"] = one | {"load": by_two}
+    run(1, by_one_process, make_start=True)
+    run(2, by_two_processes)
+    run(1, after)
     return found
 
 
@@ -59,7 +63,7 @@ def tolerance(curves) -> float:
     return STEPS * once
 
 
-@pytest.mark.parametrize("where", ["eight", "two"])
+@pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize("shape", MESHES)
 def test_losses_are_those_of_one_device(curves, tolerance, where, shape):
     losses = curves[where, shape]
@@ -68,7 +72,7 @@ def test_losses_are_those_of_one_device(curves, tolerance, where, shape):
     np.testing.assert_allclose(losses, curves["one"], rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", ["eight to two", "two to one", "two to eight"])
+@pytest.mark.parametrize("name", WAYS)
 def test_a_checkpoint_goes_on_with_other_devices_and_processes(curves, tolerance, name):
     losses = curves[name]
     apart = np.abs(np.subtract(losses, curves["one"][STEPS // 2 :])).max()

@@ -52,7 +52,7 @@ def test_nothing_is_sent_inside_the_loop_over_frames(training, reading):
     assert sent, "weights of the language model are gathered, gradients are summed"
     assert not any(each.in_frame_loop for each in sent)
     sent, loops = read(reading.compiled.as_text())
-    assert frame_loops(loops) >= {"frames", "ViT blocks"}
+    assert frame_loops(loops) >= {"frames"}  # the ViT's layers follow one another without a loop
     assert sent == []
 
 
