@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from adacm2_jax.files import write_bytes
-from adacm2_jax.inference.scores import exact_match, wilson_interval
+from adacm2_jax.scoring.intervals import wilson_interval
+from adacm2_jax.scoring.metrics import exact_match
 
 #: What keeps tokens without a question, the sessions' own first; and what knows the question.
 LATE, KNOWN = ("open", "uniform", "random", "recent"), "known"

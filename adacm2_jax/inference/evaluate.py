@@ -11,8 +11,9 @@ import numpy as np
 from adacm2_jax.errors import printable
 from adacm2_jax.inference.answerer import Answer, Answerer
 from adacm2_jax.inference.evidence import Remembered
-from adacm2_jax.inference.scores import exact_match, wilson_interval
 from adacm2_jax.progress import Progress
+from adacm2_jax.scoring.intervals import wilson_interval
+from adacm2_jax.scoring.metrics import exact_match
 from adacm2_jax.video.stream import VideoBatch
 
 #: So many questions must be answered alike before a model is said to answer alike to everything.

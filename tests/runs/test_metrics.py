@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adacm2_jax.inference.scores import exact_match, wilson_interval
 from adacm2_jax.runs.metrics import MetricWriter
+from adacm2_jax.scoring.intervals import wilson_interval
+from adacm2_jax.scoring.metrics import exact_match
 
 
 def rows_in(workdir) -> list[dict]:
