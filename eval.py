@@ -22,7 +22,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from adacm2_jax.commands.ask import print_replies, write_replies
-from adacm2_jax.commands.evaluate import check_questions, evaluate
+from adacm2_jax.commands.evaluate import check_questions, evaluate, task_of
 from adacm2_jax.distributed import is_main, main_first
 from adacm2_jax.errors import UserError, check_text
 from adacm2_jax.files import check_writable
@@ -79,13 +79,14 @@ def main() -> int:
 
     config.memories()
     source = main_first(lambda: open_source(config.data, config.eval.split))
-    check_questions(config, processor, source)
+    task = task_of(config)
+    check_questions(config, processor, source, task)
     warn_of_missing(source, "videos")
     if is_main():
         check_writable(output, f"--output={output}")
     with locked_output(output):
         answerer = make_answerer(config, load_params(config, weights), processor)
-        results = evaluate(config, answerer, source, output)
+        results = evaluate(config, answerer, source, output, task)
     if is_main():
         print(table(results))
     return 1 if results["failed"] else 0

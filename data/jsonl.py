@@ -17,6 +17,7 @@ import numpy as np
 from adacm2_jax.errors import DataError, UserError, check_text, printable
 
 _FIELDS = ("video", "question", "answer", "start", "end", "id")
+_OF_BENCHMARKS = ("answers", "choices", "at", "group", "category")
 _MOST_REPORTED = 5
 
 
@@ -64,7 +65,9 @@ class JsonlSource:
 
     A line is an object with `video` (a path, absolute or relative to this file) and `question`;
     `answer` (needed for training and scoring), `start`, `end` (seconds) and `id` (by default the
-    line number) are optional. Blank lines and a byte order mark are passed over.
+    line number) are optional, as are what benchmarks have: `answers` instead of `answer`,
+    `choices`, `at` (seconds), `group` and `category`. Blank lines and a byte order mark are passed
+    over.
 
     Args:
         path: the file, UTF-8.
@@ -126,6 +129,8 @@ class JsonlSource:
         lines = [
             (example.id, os.path.relpath(str(example.video), beside or "."), example.question)
             + (example.answer, example.start, example.end)
+            # Nothing more where there is no more: it is what it was before these were read.
+            + tuple((n, getattr(example, n)) for n in _OF_BENCHMARKS if getattr(example, n))
             for example in self._examples
         ]
         return hashlib.sha256(repr(lines).encode()).hexdigest()[:16]
@@ -148,17 +153,30 @@ class JsonlSource:
             raise DataError(f"is not JSON{where}; write one JSON object a line") from None
         if not isinstance(fields, dict):
             raise DataError(f"is {_kind(fields)}; write a JSON object in braces")
+        known = _FIELDS + _OF_BENCHMARKS
         for field in fields:
-            if field not in _FIELDS:
-                close = difflib.get_close_matches(field, _FIELDS, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(_FIELDS)}"
+            if field not in known:
+                close = difflib.get_close_matches(field, known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
                 raise DataError(f"field {field!r} is unknown; {hint}")
         video = _text(fields, "video", required=True)
         if not video:
             raise DataError("field 'video': is empty; give the path of a video file")
         question = _text(fields, "question", required=True)
-        answer = _text(fields, "answer", required=self.require_answer)
+        answers = _texts(fields, "answers", least=1)
+        answer = _text(fields, "answer", required=self.require_answer and not answers)
+        if answers and answer is not None:
+            raise DataError("fields 'answer' and 'answers': give one of them")
+        answer = answers[0] if answers else answer
+        choices = _texts(fields, "choices", least=2)
+        if choices and answer is not None and not {answer, *answers} & set(choices):
+            raise DataError(f"field 'choices': {answer!r:.60} is none of them; add it")
         start, end = _seconds(fields, "start"), _seconds(fields, "end")
+        at = _seconds(fields, "at")
+        if at is not None and at <= (start or 0.0):
+            raise DataError(
+                f"field 'at': {at:g} s is not after start={start or 0.0:g} s; give a later time"
+            )
         if end is not None and end <= (start or 0.0):
             empty = end == (start or 0.0)
             remedy = "the part is empty, give a later one" if empty else "swap them"
@@ -172,6 +190,11 @@ class JsonlSource:
             answer=answer,
             start=start,
             end=end,
+            answers=answers,
+            choices=choices,
+            at=at,
+            group=_text(fields, "group", required=False) or "",
+            category=_text(fields, "category", required=False) or "",
         )
 
 
@@ -208,10 +231,31 @@ def _text(fields: dict[str, Any], name: str, *, required: bool) -> str | None:
         if required:
             raise DataError(f"field {name!r} is missing; add it")
         return None
+    return _checked(value, f"field {name!r}")
+
+
+def _texts(fields: dict[str, Any], name: str, least: int) -> tuple[str, ...]:
+    """The texts of a list; empty where the field is not given."""
+    values = fields.get(name)
+    if values is None:
+        return ()
+    if not isinstance(values, list):
+        raise DataError(f"field {name!r}: is {_kind(values)}; give a list of strings")
+    texts = tuple(
+        _checked(value, f"field {name!r}: item {i}") for i, value in enumerate(values, start=1)
+    )
+    if len(texts) < least:
+        raise DataError(
+            f"field {name!r}: has {len(texts)} items; give {least} or more, or leave it out"
+        )
+    return texts
+
+
+def _checked(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"field {name!r}: is {_kind(value)}; give a string in quotes")
+        raise DataError(f"{where}: is {_kind(value)}; give a string in quotes")
     try:
-        return check_text(value, f"field {name!r}")
+        return check_text(value, where)
     except UserError as problem:
         raise DataError(str(problem)) from None
 

@@ -15,6 +15,7 @@ EPILOG = """examples:
   adacm2 report clip.mp4 --model runs/quickstart/main --question "…" --output seen
   adacm2 caption clip.mp4 --model weights
   adacm2 choose clip.mp4 --model weights --question "what happens?" --label cooking --label driving
+  adacm2 score runs/mine/eval/predictions.jsonl --task lvu_scene
   adacm2 serve --model runs/quickstart/main --port 8000
   adacm2 port import --src instructblip-vicuna-7b --dst weights
   adacm2 plan --config configs/lvu.py --topology v5e:4x4
@@ -78,8 +79,17 @@ def parser() -> argparse.ArgumentParser:
         help="give at least two, each within the model's max_answer_len tokens",
     )
     choose.add_argument("--question", help=f"that the labels answer {asked}")
-    from adacm2_jax.commands import serve
+    from adacm2_jax.commands import score, serve
 
+    scorer = commands.add_parser(
+        "score",
+        help="score predictions that are on disk, by a benchmark's metrics",
+        description="Figures of a split's predictions with their 95 % intervals; needs no model. "
+        "docs/tasks.md.",
+        allow_abbrev=False,
+    )
+    score.add_flags(scorer)
+    scorer.set_defaults(error=scorer.error)
     server = commands.add_parser(
         "serve",
         help="answer over HTTP: OpenAI's chat completions, and sessions",
@@ -175,6 +185,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, rest = parser().parse_known_args(words[1:])
     if rest:
         args.error(f"unrecognized arguments: {' '.join(rest)}")
+    if args.command == "score":
+        from adacm2_jax.commands import score
+
+        sys.exit(score.main(args))
 
     def run() -> int:
         for word in words:

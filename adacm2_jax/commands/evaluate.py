@@ -1,22 +1,32 @@
 """A whole split answered: what ``eval.py`` does, and ``train.py`` at the end."""
 
 import itertools
-import json
 import os
 import pathlib
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from adacm2_jax.distributed import is_main
 from adacm2_jax.errors import UserError, printable
 from adacm2_jax.files import check_writable, keep_earlier, write_json
+from adacm2_jax.inference import evaluate as inference
 from adacm2_jax.inference.answerer import Answerer
-from adacm2_jax.inference.evaluate import answer_batches, summarise
 from adacm2_jax.inference.processor import Processor
 from adacm2_jax.progress import Progress
 from adacm2_jax.runs.experiment import Experiment
+from adacm2_jax.runs.partial import PartialPredictions, describe
+from adacm2_jax.scoring import captions, report
+from adacm2_jax.tasks.task import Task, find
 from adacm2_jax.video.stream import video_batches
+
+
+def task_of(experiment: Experiment) -> Task | None:
+    """The benchmark that an experiment is about; None if it is about other data."""
+    if experiment.data.source != "task":
+        return None
+    return find(experiment.data.task.name)  # type: ignore[attr-defined]
 
 
 def evaluate(
@@ -24,46 +34,58 @@ def evaluate(
     answerer: Answerer,
     source: Sequence[Any],
     output: str | os.PathLike,
+    task: Task | None = None,
 ) -> dict:
     """Answers a split under every policy and writes ``predictions.jsonl`` and ``metrics.json``.
 
     Predictions are written as they come, to ``predictions.partial.jsonl``, which gets its name at
-    the end; those of earlier evaluations get a number. Of several processes all answer, for each
-    holds a part of the parameters; the first writes.
+    the end; where it is there, and of the same, the rest is answered (``runs.partial``). Earlier
+    results get a number. Of several processes all answer, for each holds a part of the parameters;
+    the first writes.
 
     Args:
       experiment: whose ``eval`` and ``data`` say how.
       answerer: with every policy.
       source: of the examples.
       output: a directory, which the caller holds (``runs.lock``) against others that write there.
+      task: the benchmark that they are of: its metrics are computed, too.
 
     Returns:
-      What ``metrics.json`` holds: ``policies`` (see ``summarise``), ``seconds`` and ``failed``, the
-      videos that could not be read.
+      What ``metrics.json`` holds: ``policies`` (see ``summarise``), ``seconds``, ``failed``, the
+      examples whose videos could not be read, and of a task ``task`` and ``scores``
+      (``scoring.report.score``).
+
+    Raises:
+      UserError: if the task's metrics need what is not there; before anything is answered.
     """
     output, settings = pathlib.Path(output), experiment.eval
     count = min(settings.limit or len(source), len(source))
-    predictions: list[dict] = []
-    failed: list[dict] = []
-    partial = output / "predictions.partial.jsonl"
+    metrics = check_task(experiment, task, source, count)
     if is_main():
         check_writable(output, f"results go to {output}")
         output.mkdir(parents=True, exist_ok=True)
-        partial.unlink(missing_ok=True)
-
-    def write(lines: Sequence[dict]) -> None:
-        predictions.extend(lines)
-        if is_main():
-            with partial.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+    name = task.name if task else ""
+    header = describe(experiment, answerer.digest(), source, count, name)
+    partial = PartialPredictions(output, header)
+    _say(partial, count)
+    failed = list(partial.failed)
+    begun = time.perf_counter() - partial.seconds
+    answerer.skip(partial.batches)
 
     def note(example: Any, error: str) -> None:
         failed.append({"id": example.id, "error": error})
 
-    with Progress("evaluate", count, unit="videos", shown=is_main()) as progress:
+    def write(lines: Sequence[dict], done: int) -> None:
+        partial.add(lines, failed, done, time.perf_counter() - begun)
+
+    with Progress(
+        "evaluate", count, initial=partial.done, unit="questions", shown=is_main()
+    ) as progress:
         batches = video_batches(
-            itertools.islice(source, count),
+            itertools.islice(source, partial.done, count),
+            first=partial.done,
             batch_size=settings.batch_size,
+            room=lambda questions: inference.room_for(settings.batch_size, questions),
             chunk=settings.chunk,
             size=experiment.model.vision.image_size,
             workers=settings.workers,
@@ -73,9 +95,10 @@ def evaluate(
             on_truncated=experiment.data.on_truncated,
             on_warning=lambda line: print(f"warning: {line}", file=sys.stderr),
         )
-        seconds = answer_batches(
+        inference.answer_batches(
             answerer,
             batches,
+            first=partial.done,
             ask_as=experiment.data.ask,
             rows=settings.batch_size,
             text_width=answerer.text_width(
@@ -84,31 +107,98 @@ def evaluate(
             write=write,
             failed=note,
             progress=progress,
+            by=task.by if task else "generate",
+            judged=task is None,
         )
-    results = {
-        "policies": summarise(predictions, answerer.models),
-        "seconds": seconds,
+    results: dict = {
+        "policies": inference.summarise(partial.lines, answerer.models),
+        "seconds": time.perf_counter() - begun,
         "failed": failed,
     }
+    if is_main() and task:
+        _score(results, task, metrics, partial.lines)
     if is_main():
-        write([])  # so that the file is there
-        for path in (output / "predictions.jsonl", output / "metrics.json"):
-            keep_earlier(path)
-        partial.replace(output / "predictions.jsonl")
+        keep_earlier(output / "predictions.jsonl")
+        keep_earlier(output / "metrics.json")
         write_json(output / "metrics.json", results)
+    partial.finish()
     return results
 
 
-def check_questions(experiment: Experiment, processor: Processor, source: Sequence[Any]) -> None:
-    """Finds a question in JSON lines that is too long before any video is decoded.
+def check_task(
+    experiment: Experiment, task: Task | None, source: Sequence[Any], count: int
+) -> tuple[str, ...]:
+    """The metrics of a task that can be computed of the experiment.
+
+    Raises:
+      UserError: if Java or a package is missing, or an example has no choices to rank.
+    """
+    if task is None:
+        return ()
+    if "captions" in task.metrics and is_main():
+        captions.check_installed()
+        captions.check_java()
+    if task.by == "likelihood":
+        for number in range(count):
+            if len(source[number].choices) < 2:
+                where = printable(source[number].id)
+                raise UserError(f"task {task.name}: {where} has no choices, which are to be ranked")
+    few = experiment.generation.num_return < 5
+    left_out = [name for name in task.metrics if name.endswith("top5") and few]
+    if left_out and is_main():
+        print(
+            f"warning: {', '.join(left_out)} needs generation.num_return=5, which is "
+            f"{experiment.generation.num_return}; left out",
+            file=sys.stderr,
+        )
+    return tuple(name for name in task.metrics if name not in left_out)
+
+
+def _say(partial: PartialPredictions, count: int) -> None:
+    if not is_main():
+        return
+    if partial.set_aside:
+        print(
+            f"the unfinished predictions here have another {', '.join(partial.set_aside)}: kept "
+            "under a number, and all is answered anew",
+            file=sys.stderr,
+        )
+    elif partial.done:
+        print(f"{partial.done} of {count} questions are answered; the rest follows", flush=True)
+
+
+def _score(results: dict, task: Task, metrics: tuple[str, ...], lines: Sequence[dict]) -> None:
+    """Adds a task's figures; of the first metric also where those of other data are."""
+    results["task"] = task.name
+    results["scores"] = report.score(lines, metrics)
+    for policy, entry in results["scores"].items():
+        if figure := entry["metrics"].get(metrics[0]):
+            results["policies"][policy] |= {
+                "accuracy": figure["value"],
+                "interval": figure["interval"],
+                "majority": figure["constant"][0] if "constant" in figure else None,
+                "scored": entry["scored"],
+            }
+
+
+def check_questions(
+    experiment: Experiment,
+    processor: Processor,
+    source: Sequence[Any],
+    task: Task | None = None,
+) -> None:
+    """Finds a question, or a choice that is to be ranked, that is too long before any video is
+    decoded.
 
     Raises:
       UserError: naming the first.
     """
     path = getattr(source, "path", None)  # of JSON lines; what we render ourselves fits
-    for example in source if path else ():
+    for example in source if path or task else ():
         try:
             processor.questions([experiment.data.ask(example.question)])
+            if task and task.by == "likelihood":
+                processor.candidates([""] * len(example.choices), example.choices)
         except UserError as error:
-            where = f"{printable(str(path))}: id {printable(example.id)}"
+            where = f"{printable(str(path or source))}: id {printable(example.id)}"
             raise UserError(f"{where}: {error}") from None

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from jax.sharding import Mesh
 
-from adacm2_jax.commands.evaluate import check_questions, evaluate
+from adacm2_jax.commands.evaluate import check_questions, evaluate, task_of
 from adacm2_jax.distributed import Preemption, connect, is_main, main_first, wait_for_all
 from adacm2_jax.errors import UserError
 from adacm2_jax.files import check_writable
@@ -105,7 +105,7 @@ def train_and_evaluate(
         opened.enter_context(locked(root))
         processor = main_first(lambda: _processor(config, source, root, resumed))
         check_questions(config, processor, source)
-        check_questions(config, processor, tested)
+        check_questions(config, processor, tested, task_of(config))
         warn_of_missing(source, "training videos")
         vision = describe_vision(config.model)
         dataset = main_first(lambda: training_set(config, source, vision))
@@ -150,7 +150,7 @@ def train_and_evaluate(
         def answer(state: TrainState) -> dict:
             with preemption.at_once():  # nothing would be lost
                 answerer = make_answerer(config, state.params, processor)
-                results = evaluate(config, answerer, tested, root)
+                results = evaluate(config, answerer, tested, root, task_of(config))
             for name, result in results["policies"].items():
                 if result["accuracy"] is not None:
                     scalars = {f"eval/{name}/accuracy": result["accuracy"]}

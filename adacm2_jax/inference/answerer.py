@@ -13,6 +13,7 @@ dropped; their texts are padded to 16, 32, 64 … tokens.
 
 import contextlib
 import dataclasses
+import hashlib
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -227,17 +228,32 @@ class Answerer:
                 jax.block_until_ready(reading.states[name])
         reading.seconds = time.perf_counter() - reading.began
 
-    def answer(self, reading: Reading, name: str) -> list[list[Answer]]:
+    def answer(self, reading: Reading, name: str, at_once: int = 0) -> list[list[Answer]]:
         """The answers under one policy: for each row the n best, best first.
+
+        Args:
+          reading: after the last frame.
+          name: of the policy.
+          at_once: for how many rows the language model writes together; 0: for all.
 
         Raises:
           UserError: if the visual tokens are not finite (damaged weights, or an overflow).
         """
-        queries = self._queries(reading, name)
-        options = self._generation, reading.rng, reading.order
-        with self._on_mesh():
-            found = steps.answer(self._model, self._params, queries, reading.question, *options)
-        ids, scores = to_host((found.ids, found.scores))
+        given = self._queries(reading, name), reading.question, reading.order
+        count = len(given[0])
+        size = min(at_once or count, count)
+        parts = []
+        for start in range(0, count, size):
+            # The last part reaches back into the one before: one program serves all.
+            rows = np.arange(size) + min(start, count - size)
+            part = given if size == count else jax.tree.map(lambda leaf, at=rows: leaf[at], given)
+            queries, question, order = part
+            options = self._generation, reading.rng, order
+            with self._on_mesh():
+                found = steps.answer(self._model, self._params, queries, question, *options)
+            new = start - count  # counted from the end
+            parts.append([leaf[max(new, -size) :] for leaf in to_host((found.ids, found.scores))])
+        ids, scores = map(np.concatenate, zip(*parts, strict=True))
         reading.seconds = time.perf_counter() - reading.began
         return [
             [
@@ -246,6 +262,28 @@ class Answerer:
             ]
             for row in reading.rows
         ]
+
+    def digest(self) -> str:
+        """Tells these parameters from others: of every array its sum, and that of its squares."""
+
+        @jax.jit
+        def sums(leaves: list[jax.Array]) -> jax.Array:
+            wide = [jnp.asarray(leaf, jnp.float32) for leaf in leaves]
+            return jnp.stack([jnp.stack([leaf.sum(), jnp.square(leaf).sum()]) for leaf in wide])
+
+        leaves = jax.tree.leaves(self._params)
+        names = [
+            str(jax.tree_util.keystr(path)) for path, _ in jax.tree.leaves_with_path(self._params)
+        ]
+        with self._on_mesh():
+            found = np.asarray(to_host(sums(leaves)))
+        shapes = [(str(leaf.dtype), leaf.shape) for leaf in leaves]
+        return hashlib.sha256(repr((names, shapes)).encode() + found.tobytes()).hexdigest()[:16]
+
+    def skip(self, readings: int) -> None:
+        """Goes on as if so many readings had been started: what samples is as it would be then."""
+        for _ in range(readings):
+            self._rng, _ = jax.random.split(self._rng)
 
     def first_token(self, reading: Reading, name: str) -> float:
         """Seconds from the questions to the first token of their answers, under one policy; the

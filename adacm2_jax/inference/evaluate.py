@@ -2,22 +2,28 @@
 
 import collections
 import dataclasses
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from adacm2_jax.errors import printable
-from adacm2_jax.inference.answerer import Answer, Answerer
+from adacm2_jax.inference.answerer import Answer, Answerer, Likelihoods, bucket
 from adacm2_jax.inference.evidence import Remembered
 from adacm2_jax.progress import Progress
+from adacm2_jax.scoring import report
 from adacm2_jax.scoring.intervals import wilson_interval
 from adacm2_jax.scoring.metrics import exact_match
 from adacm2_jax.video.stream import VideoBatch
 
 #: So many questions must be answered alike before a model is said to answer alike to everything.
 _ALIKE = 10
+
+
+def room_for(batch_size: int, questions: int) -> int:
+    """How many videos are read together, where each has up to so many questions: one, or as many as
+    have no more rows than ``batch_size`` (filled up, see ``answerer.bucket``)."""
+    return max(1, batch_size // bucket(questions))
 
 
 def answer_batches(
@@ -27,64 +33,108 @@ def answer_batches(
     ask_as: Callable[[str], str],
     rows: int,
     text_width: int,
-    write: Callable[[Sequence[dict]], None],
+    write: Callable[[Sequence[dict], int], None],
     failed: Callable[[Any, str], None],
     progress: Progress,
-) -> float:
+    first: int = 0,
+    by: str = "generate",
+    judged: bool = True,
+) -> None:
     """Answers the questions of batches of videos; one video's error is that video's alone.
 
     Args:
       answerer: with all policies.
-      batches: of ``video.stream.video_batches``.
+      batches: of ``video.stream.video_batches``, with :func:`room_for`.
       ask_as: a question → what the networks read.
-      rows: of a batch; a short one is filled up.
+      rows: for how many questions the language model writes together.
       text_width: of ``Answerer.text_width``, for all questions: one program serves all batches, and
         an answer does not depend on what else is in its batch.
-      write: is given the lines of ``predictions.jsonl`` of every batch.
-      failed: is told of every video that could not be read to its end, with the reason.
-      progress: counts the videos.
-
-    Returns:
-      Seconds that reading and answering took, decoding included.
+      write: is given the lines of ``predictions.jsonl`` of every batch, and how many examples of
+        the split are done.
+      failed: is told of every example whose video could not be read to its end, with the reason.
+      progress: counts the examples.
+      first: examples of the split that were done before.
+      by: ``generate``, or ``likelihood``: the most probable of the choices is the answer.
+      judged: whether lines say if they are correct, by :func:`exact_match`.
     """
-    begun = time.perf_counter()
+    done = first
     for batch in batches:
-        spare = rows - len(batch.rows)
-        prompts = [ask_as(row.example.question) for row in batch.rows]
+        most = max(len(row.examples) for row in batch.rows)
+        asked = [_filled(row.examples, most) for row in batch.rows]
+        spare = batch.room - len(batch.rows)
+        prompts = [ask_as(example.question) for examples in asked for example in examples]
         totals = np.array([row.total for row in batch.rows] + [1] * spare)
         seeds = np.array([row.number for row in batch.rows] + [0] * spare)
-        reading = answerer.start(prompts + [""] * spare, totals, seeds, text_width)
+        reading = answerer.start(prompts + [""] * (spare * most), totals, seeds, text_width)
         for frames, valid in batch.chunks:
             answerer.read(reading, frames, valid)
         for row in batch.rows:
             if row.error:
-                failed(row.example, row.error)
+                for example in row.examples:
+                    failed(example, row.error)
         lines = []
         for name in reading.states:
-            answers = answerer.answer(reading, name)
+            if by == "likelihood":
+                candidates = _candidates(batch, most)
+                answers: Sequence = answerer.log_likelihoods(reading, name, candidates)
+            else:
+                answers = answerer.answer(reading, name, rows)
             remembered = answerer.remembered(reading, name)
             for i, row in enumerate(batch.rows):
-                if row.error is None:
-                    used = usage(name, remembered[i], row.times, answerer.tokens_per_frame)
-                    lines.append(prediction(row.example, answers[i]) | used)
-        write(lines)
-        progress.update(len(batch.rows))
-    return time.perf_counter() - begun
+                for j, example in enumerate(row.examples if row.error is None else ()):
+                    place = i * most + j
+                    kept = remembered[place]
+                    used = usage(name, kept, row.times, answerer.tokens_per_frame)
+                    lines.append(prediction(example, answers[place], judged) | used)
+        write(lines, batch.end)
+        progress.update(batch.end - done)
+        done = batch.end
 
 
-def prediction(example: Any, answers: Sequence[Answer]) -> dict:
-    """A line of ``predictions.jsonl``, without what the policy adds."""
+def _filled(examples: Sequence[Any], count: int) -> list[Any]:
+    """As many for every video: the last one again."""
+    return [*examples, *[examples[-1]] * (count - len(examples))]
+
+
+def _candidates(batch: VideoBatch, most: int) -> list[tuple[str, ...]]:
+    """The choices for every row of a batch; none for a row that fills up, or will not count."""
+    candidates: list[tuple[str, ...]] = [()] * (batch.room * most)
+    for i, row in enumerate(batch.rows):
+        for j, example in enumerate(row.examples if row.error is None else ()):
+            candidates[i * most + j] = example.choices
+    return candidates
+
+
+def prediction(example: Any, answers: Sequence[Answer] | Likelihoods, judged: bool = True) -> dict:
+    """A line of ``predictions.jsonl``, without what the policy adds: all that scoring needs."""
     line: dict = {
         "id": example.id,
         "video": example.video if isinstance(example.video, str) else None,
         "question": example.question,
-        "prediction": answers[0].text,
-        "score": answers[0].score,
     }
-    if len(answers) > 1:
-        line["n_best"] = [dataclasses.asdict(answer) for answer in answers]
+    if isinstance(answers, Likelihoods):
+        best = int(np.argmax(answers.log_probs))
+        line |= {
+            "prediction": example.choices[best],
+            "score": float(answers.log_probs[best]),
+            "choice_log_probs": answers.log_probs.tolist(),
+            "choice_tokens": answers.tokens.tolist(),
+        }
+    else:
+        line |= {"prediction": answers[0].text, "score": answers[0].score}
+        if len(answers) > 1:
+            line["n_best"] = [dataclasses.asdict(answer) for answer in answers]
     if example.answer is not None:
-        line |= {"answer": example.answer, "correct": exact_match(answers[0].text, example.answer)}
+        right = example.answers or (example.answer,)
+        line["answer"] = example.answer
+        if judged:
+            line["correct"] = any(exact_match(line["prediction"], answer) for answer in right)
+    for name in ("answers", "choices"):
+        if getattr(example, name):
+            line[name] = list(getattr(example, name))
+    for name in ("group", "category"):
+        if getattr(example, name):
+            line[name] = getattr(example, name)
     return line
 
 
@@ -142,6 +192,8 @@ def summarise(predictions: Sequence[dict], policies: Iterable[str]) -> dict[str,
 
 def table(results: dict) -> str:
     """Results for a terminal."""
+    if "scores" in results:
+        return "\n".join([report.table(results["scores"]), *_failures(results)])
     lines = [
         f"{'policy':10} {'accuracy':>9} {'95 % interval':>17} {'majority':>9} {'questions':>10} "
         f"{'tokens kept':>16}"
@@ -164,7 +216,11 @@ def table(results: dict) -> str:
             f"warning: one and the same answer to every question under {', '.join(alike)}: the "
             "model has not learned the task, or the questions do not fit its prompt"
         )
-    if results["failed"]:
-        lines.append(f"{len(results['failed'])} video(s) could not be read:")
-        lines += [f"  {printable(row['id'])}: {row['error']}" for row in results["failed"]]
-    return "\n".join(lines)
+    return "\n".join(lines + _failures(results))
+
+
+def _failures(results: dict) -> list[str]:
+    if not results["failed"]:
+        return []
+    lines = [f"{len(results['failed'])} video(s) could not be read:"]
+    return lines + [f"  {printable(row['id'])}: {row['error']}" for row in results["failed"]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,13 +15,18 @@ if TYPE_CHECKING:  # frames.py needs PyAV, which the library can be imported wit
     from adacm2_jax.video.frames import Chunk
 
 
+#: Questions about one video that are read together at most; each has a memory of its own.
+MOST_QUESTIONS = 64
+
+
 @dataclasses.dataclass(frozen=True)
 class VideoFile:
-    """A video file and the part of it that counts, seconds."""
+    """A video file and the part of it that counts, seconds; what comes after ``at`` does not."""
 
     video: str
     start: float | None
     end: float | None
+    at: float | None = None
 
 
 @dataclasses.dataclass
@@ -29,8 +34,8 @@ class Row:
     """One video of a batch while it is being read.
 
     Attributes:
-      number: the example's place in the split.
-      example: what is asked of it.
+      number: the place of its first example in the split.
+      examples: what is asked of it, at least one.
       total: frames that it will have.
       chunks: the rest of it.
       error: why it could not be read to its end, or None.
@@ -38,11 +43,16 @@ class Row:
     """
 
     number: int
-    example: Any
+    examples: Sequence[Any]
     total: int
     chunks: Iterator[Chunk]
     error: str | None = None
     times: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
+
+    @property
+    def example(self) -> Any:
+        """The first example; all are about the same frames."""
+        return self.examples[0]
 
 
 @dataclasses.dataclass
@@ -50,14 +60,18 @@ class VideoBatch:
     """Some videos, read together.
 
     Attributes:
-      rows: at most ``batch_size`` of them. A row whose ``error`` is set when all chunks have been
-        taken must not be answered.
-      chunks: frames uint8[B, F, size, size, 3] and valid bool[B, F], with B = ``batch_size`` and F
-        fixed; rows that have ended (or that a short last batch lacks) are padding.
+      rows: at most ``room`` of them. A row whose ``error`` is set when all chunks have been taken
+        must not be answered.
+      chunks: frames uint8[B, F, size, size, 3] and valid bool[B, F], with B = ``room`` and F fixed;
+        rows that have ended (or that the batch lacks) are padding.
+      room: B, videos that the arrays have room for.
+      end: how many examples of the split are done with this batch and those before it.
     """
 
     rows: list[Row]
     chunks: Iterator[tuple[np.ndarray, np.ndarray]]
+    room: int
+    end: int
 
 
 def video_batches(
@@ -68,40 +82,83 @@ def video_batches(
     size: int,
     workers: int,
     on_bad_video: Callable[[Any, str], None],
+    first: int = 0,
+    room: Callable[[int], int] | None = None,
     **options: Any,
 ) -> Iterator[VideoBatch]:
     """Groups a split into batches of videos and reads them in threads, one chunk ahead.
 
-    Host memory holds two chunks of each video of one batch, whatever the videos' length.
+    Examples about the same part of the same video that follow one another are read as one video,
+    once. Host memory holds two chunks of each video of one batch, whatever the videos' length.
 
     Args:
-      examples: the split.
+      examples: the split, or what follows its first ones.
       batch_size: B, videos read together.
       chunk: F, frames of a chunk.
       size: side of the frames, pixels.
       workers: decoding threads.
-      on_bad_video: is told of every video that cannot be opened, with the reason; it is left out.
+      on_bad_video: is told of every example whose video cannot be opened, with the reason; it is
+        left out.
+      first: the place in the split of the first of the examples. From the ``end`` of any batch on,
+        the batches are those that would have followed it.
+      room: most questions about one video → B, for batches whose videos have several.
       options: for ``adacm2_jax.video.frames.read_frames``.
     """
+    room = room or (lambda questions: batch_size)
     rows: list[Row] = []
+
+    def batch(end: int) -> VideoBatch:
+        places = room(max(len(row.examples) for row in rows))
+        return VideoBatch(rows, lock_step(rows, pool, places, chunk, size), places, end)
+
+    end = first
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        for number, example in enumerate(examples):
+        for number, asked in by_video(examples, first):
             try:
-                rows.append(open_video(example, number, size=size, chunk=chunk, **options))
+                row = open_video(asked[0], number, size=size, chunk=chunk, **options)
             except DataError as error:
-                on_bad_video(example, str(error))
-            if len(rows) == batch_size:
-                yield VideoBatch(rows, lock_step(rows, pool, batch_size, chunk, size))
+                for example in asked:
+                    on_bad_video(example, str(error))
+                end = number + len(asked)
+                continue
+            row.examples = asked
+            if rows and len(rows) >= room(max(len(each.examples) for each in [*rows, row])):
+                yield batch(end)
+                rows = []
+            rows.append(row)
+            end = number + len(asked)
+            if len(rows) >= room(max(len(each.examples) for each in rows)):
+                yield batch(end)
                 rows = []
         if rows:
-            yield VideoBatch(rows, lock_step(rows, pool, batch_size, chunk, size))
+            yield batch(end)
+
+
+def by_video(examples: Iterable[Any], first: int = 0) -> Iterator[tuple[int, list[Any]]]:
+    """Examples about the same part of the same video that follow one another, at most
+    ``MOST_QUESTIONS`` of them, and the place of the first."""
+    asked: list[Any] = []
+    number = first
+    for place, example in enumerate(examples, first):
+        if asked and (_part(example) != _part(asked[0]) or len(asked) == MOST_QUESTIONS):
+            yield number, asked
+            asked = []
+        if not asked:
+            number = place
+        asked.append(example)
+    if asked:
+        yield number, asked
+
+
+def _part(example: Any) -> tuple[Any, ...]:
+    return example.start, example.end, example.at, example.video
 
 
 def open_video(example: Any, number: int = 0, **options: Any) -> Row:
     """Opens an example's video; decodes nothing yet.
 
     Args:
-      example: which video, and which part of it.
+      example: which video, and which part of it; what comes after its ``at`` is not read.
       number: the example's place in its split.
       options: for ``adacm2_jax.video.frames.read_frames``: ``sampling``, ``size``, ``chunk`` …
 
@@ -110,8 +167,10 @@ def open_video(example: Any, number: int = 0, **options: Any) -> Row:
     """
     from adacm2_jax.video.frames import read_frames
 
-    total, chunks = read_frames(example.video, start=example.start, end=example.end, **options)
-    return Row(number, example, total, chunks)
+    ends = [end for end in (example.end, example.at) if end is not None]
+    end = min(ends, default=None)
+    total, chunks = read_frames(example.video, start=example.start, end=end, **options)
+    return Row(number, [example], total, chunks)
 
 
 def lock_step(

@@ -99,7 +99,8 @@ def test_a_mistagged_video_is_answered_like_the_others(tmp_path):
     good = encode(None, numbered_frames(20), fps=10)
     said: list[str] = []
     names = ["one", "odd", "two", "three"]
-    videos = [good, str(tmp_path / "odd.mp4"), good, good]
+    other = encode(None, numbered_frames(20), fps=10, container="matroska")
+    videos = [good, str(tmp_path / "odd.mp4"), good, other]
     batches, bad = read(list(map(example, names, videos)), on_warning=said.append)
     assert not bad and all(row.error is None for batch, _, _ in batches for row in batch.rows)
     assert [row for _, _, rows in batches for row in rows] == [list(range(20))] * 4

@@ -1,0 +1,126 @@
+"""``adacm2 score``: the figures of predictions that are on disk, without a model."""
+
+import argparse
+import json
+import pathlib
+import sys
+from typing import Any
+
+from adacm2_jax.errors import UserError, printable
+from adacm2_jax.files import write_json
+from adacm2_jax.scoring.metrics import METRICS
+from adacm2_jax.scoring.report import score, table
+from adacm2_jax.tasks.task import every, find
+
+
+def add_flags(made: argparse.ArgumentParser) -> None:
+    """The flags of the command."""
+    made.add_argument("predictions", metavar="PREDICTIONS", help="a predictions.jsonl of a split")
+    made.add_argument("--task", metavar="NAME", help=f"one of {', '.join(sorted(every()))}")
+    made.add_argument(
+        "--metric",
+        action="append",
+        metavar="NAME",
+        help=f"instead of the task's; may be given several times: {', '.join(sorted(METRICS))}",
+    )
+    made.add_argument(
+        "--train-answers",
+        metavar="FILE",
+        help="answers of the training split, whose most frequent is a constant guess: JSON lines "
+        "with answer, or a text with one a line",
+    )
+    made.add_argument(
+        "--seed", type=int, default=0, help="of the resampling of videos (default %(default)s)"
+    )
+    made.add_argument("--output", metavar="FILE", help="also write the figures as JSON")
+    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Prints the figures; returns the exit status. Imports no JAX."""
+    try:
+        _run(args)
+    except UserError as error:
+        if args.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.status
+    return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+    if not args.task and not args.metric:
+        raise UserError("--task is missing: name the benchmark, or a --metric")
+    names = tuple(args.metric) if args.metric else find(args.task).metrics
+    rows = read_rows(args.predictions)
+    train = read_answers(args.train_answers) if args.train_answers else []
+    found = score(rows, names, train, args.seed)
+    if not any(entry["scored"] for entry in found.values()):
+        raise UserError(
+            f"{printable(args.predictions)}: no line has the right answer; nothing to score"
+        )
+    print(table(found))
+    if args.output:
+        try:
+            write_json(args.output, {"task": args.task or "", "scores": found})
+        except OSError as error:
+            where = printable(args.output)
+            raise UserError(f"--output {where}: cannot be written: {error.strerror}") from None
+
+
+def read_rows(path: str) -> list[dict[str, Any]]:
+    """The lines of ``predictions.jsonl``.
+
+    Raises:
+      UserError: naming the first line that is none.
+    """
+    rows = []
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict) or not {"id", "question", "prediction"} <= set(row):
+            raise UserError(
+                f"{printable(path)}: line {number} is no prediction: give a predictions.jsonl that "
+                "eval.py wrote"
+            )
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{printable(path)}: has no predictions")
+    return rows
+
+
+def read_answers(path: str) -> list[str]:
+    """Answers of JSON lines (``answer``, or the first of ``answers``), or of a text's lines.
+
+    Raises:
+      UserError: if there is none.
+    """
+    answers = []
+    for line in _text(path).split("\n"):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        if isinstance(entry, dict):
+            several = entry.get("answers") or [entry.get("answer")]
+            answers += [several[0]] if isinstance(several[0], str) else []
+        else:
+            answers.append(line.strip())
+    if not answers:
+        raise UserError(f"--train-answers {printable(path)}: has no answers")
+    return answers
+
+
+def _text(path: str) -> str:
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{printable(path)}: no such file: check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{printable(path)}: cannot be read: {error}") from None
