@@ -87,7 +87,7 @@ DEV := $(STAMP)-dev $(ACCELERATED)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install quickstart test check-latest check-transformers check-real-weights check-port \
-  check-beam check-wheel check-demo check-openai check-lmms-eval check-captions check-curves check-faults check-serve check-hostile check-memory check-stream check-full-size check-gpu-program memory-table late-questions bench lint typecheck format lock clean
+  check-beam check-wheel check-demo check-openai check-lmms-eval check-captions check-eval-kills check-curves check-faults check-serve check-hostile check-memory check-stream check-full-size check-gpu-program memory-table late-questions bench lint typecheck format lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
@@ -167,6 +167,9 @@ check-demo: requirements-dev.txt ## drive the page of `adacm2 demo` in headless 
 
 check-captions: $(DEV) ## score captions with METEOR, which needs Java, and compare with published figures
 	$(PY) benchmarks/check_captions.py
+
+check-eval-kills: $(DEV) ## kill an evaluation ten times; compare with one never disturbed
+	$(PY) benchmarks/check_eval_kills.py
 
 check-curves: $(DEV) ## compare training on more meshes of 8 devices, in one process and in two, with one device
 	ALL_MESHES=1 $(PY) -m pytest -rP tests/distributed/test_curves.py $(PYTEST_ARGS)

@@ -264,21 +264,13 @@ class Answerer:
         ]
 
     def digest(self) -> str:
-        """Tells these parameters from others: of every array its sum, and that of its squares."""
-
-        @jax.jit
-        def sums(leaves: list[jax.Array]) -> jax.Array:
-            wide = [jnp.asarray(leaf, jnp.float32) for leaf in leaves]
-            return jnp.stack([jnp.stack([leaf.sum(), jnp.square(leaf).sum()]) for leaf in wide])
-
-        leaves = jax.tree.leaves(self._params)
-        names = [
-            str(jax.tree_util.keystr(path)) for path, _ in jax.tree.leaves_with_path(self._params)
-        ]
+        """Tells these parameters from others: by their names and shapes, the sum of each, and that
+        of its squares."""
+        leaves = jax.tree_util.tree_leaves_with_path(self._params)
         with self._on_mesh():
-            found = np.asarray(to_host(sums(leaves)))
-        shapes = [(str(leaf.dtype), leaf.shape) for leaf in leaves]
-        return hashlib.sha256(repr((names, shapes)).encode() + found.tobytes()).hexdigest()[:16]
+            sums = np.asarray(to_host(steps.sums([leaf for _, leaf in leaves])))
+        named = [(jax.tree_util.keystr(path), str(leaf.dtype), leaf.shape) for path, leaf in leaves]
+        return hashlib.sha256(repr(named).encode() + sums.tobytes()).hexdigest()[:16]
 
     def skip(self, readings: int) -> None:
         """Goes on as if so many readings had been started: what samples is as it would be then."""

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from adacm2_jax.config import AdaCM2Config, MemoryConfig
@@ -104,3 +105,10 @@ def log_likelihood(
       float32[n].
     """
     return call(model, params, "log_likelihood", queries[rows], question, targets)
+
+
+@jax.jit
+def sums(leaves: list[jax.Array]) -> jax.Array:
+    """Of each of n arrays its sum and that of its squares, float32[n, 2]."""
+    wide = [jnp.asarray(leaf, jnp.float32) for leaf in leaves]
+    return jnp.stack([jnp.stack([leaf.sum(), jnp.square(leaf).sum()]) for leaf in wide])
