@@ -65,6 +65,9 @@ OPENAI := openai==3.57.0
 # lmms-eval, and the newest filelock that has what it reaches into.
 LMMS_TORCH := torch==2.13.0
 LMMS_EVAL := lmms-eval==0.7.3 'filelock<4'
+# What our model of it needs, at the versions of requirements.txt; lmms-eval allows PyAV up to 15 alone,
+# though it runs with ours.
+LMMS_OURS := ^(jax|flax|optax|orbax-checkpoint|ml-collections)==
 
 # Apache Beam, and the newest versions that it allows of what requirements-dev.txt pins.
 BEAM := apache-beam==2.77.0 'protobuf<7' 'pyarrow<26' 'python-dateutil<3' 'pillow<13' 'numpy<2.5'
@@ -143,11 +146,14 @@ check-openai: requirements-dev.txt ## ask `adacm2 serve` with OpenAI's own clien
 
 # PyTorch first: what comes with lmms-eval would bring another build. torchvision does not import beside
 # PyTorch's CPU build, and nothing here needs it.
-check-lmms-eval: $(DEV) ## let lmms-eval score `adacm2 serve` and compare with the library, in .venv-lmms (RUN: of the needle task)
+check-lmms-eval: $(DEV) ## let lmms-eval score `adacm2 serve` and our model of it, compare with the library, in .venv-lmms (RUN: of the needle task)
 	@$(PYTHON) -m venv --clear $(VENV_LMMS)
 	@$(VENV_LMMS)/bin/python $(PIP) $(LMMS_TORCH)
-	@$(VENV_LMMS)/bin/python $(PIP) $(LMMS_TORCH) $(LMMS_EVAL)
+	@grep -E '$(LMMS_OURS)' requirements.txt > $(VENV_LMMS)/ours.txt
+	@grep -E '^av==' requirements.txt > $(VENV_LMMS)/av.txt
+	@$(VENV_LMMS)/bin/python $(PIP) $(LMMS_TORCH) $(LMMS_EVAL) --requirement $(VENV_LMMS)/ours.txt 'protobuf<7'
 	@$(VENV_LMMS)/bin/python -m pip uninstall --quiet --yes torchvision
+	@$(VENV_LMMS)/bin/python $(PIP_LOCKED) --requirement $(VENV_LMMS)/av.txt --editable .
 	$(PY) benchmarks/check_lmms_eval.py $(VENV_LMMS)/bin/python $(RUN)
 
 check-beam: requirements-dev.txt ## run the tests of the Beam pipeline with its direct runner, in .venv-beam

@@ -15,6 +15,7 @@ EPILOG = """examples:
   adacm2 report clip.mp4 --model runs/quickstart/main --question "…" --output seen
   adacm2 caption clip.mp4 --model weights
   adacm2 choose clip.mp4 --model weights --question "what happens?" --label cooking --label driving
+  adacm2 questions lvu_scene --annotations lvu --videos lvu/videos --output lvu_scene.jsonl
   adacm2 score runs/mine/eval/predictions.jsonl --task lvu_scene
   adacm2 serve --model runs/quickstart/main --port 8000
   adacm2 port import --src instructblip-vicuna-7b --dst weights
@@ -79,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
         help="give at least two, each within the model's max_answer_len tokens",
     )
     choose.add_argument("--question", help=f"that the labels answer {asked}")
-    from adacm2_jax.commands import score, serve
+    from adacm2_jax.commands import questions, score, serve
 
     scorer = commands.add_parser(
         "score",
@@ -90,6 +91,15 @@ def parser() -> argparse.ArgumentParser:
     )
     score.add_flags(scorer)
     scorer.set_defaults(error=scorer.error)
+    asker = commands.add_parser(
+        "questions",
+        help="write a benchmark's questions as JSON lines, joined with the videos at hand",
+        description="Questions of a published annotation as JSON lines, for training, evaluation "
+        "and lmms-eval. docs/tasks.md.",
+        allow_abbrev=False,
+    )
+    questions.add_flags(asker)
+    asker.set_defaults(error=asker.error)
     server = commands.add_parser(
         "serve",
         help="answer over HTTP: OpenAI's chat completions, and sessions",
@@ -185,10 +195,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, rest = parser().parse_known_args(words[1:])
     if rest:
         args.error(f"unrecognized arguments: {' '.join(rest)}")
-    if args.command == "score":
-        from adacm2_jax.commands import score
+    if args.command in ("score", "questions"):
+        from adacm2_jax.commands import questions, score
 
-        sys.exit(score.main(args))
+        sys.exit({"score": score, "questions": questions}[args.command].main(args))
 
     def run() -> int:
         for word in words:
