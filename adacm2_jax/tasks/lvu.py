@@ -1,8 +1,9 @@
 """LVU (Wu and Krähenbühl, CVPR 2021): seven classifications of film clips, each a model of its own.
 
-As in MA-LMM: windows of 100 seconds begin every 20, the first at 0; the end of a clip that its
-``duration`` excludes is never read. A clip's windows are scored each for itself. MA-LMM's release
-has 8 directors and 7 writers.
+As in MA-LMM: windows of 100 seconds begin every 20, the first at 0, as long as a whole one fits
+into ``duration``, which leaves out what follows the scene (mostly 10 or 30 s of an end card). A
+clip that is shorter than a window is read to its last frame, end card included. A clip's windows
+are scored each for itself. MA-LMM's release has 8 directors and 7 writers.
 """
 
 import functools
@@ -36,7 +37,7 @@ def read(name: str, directory: Path, split: str) -> Sequence[Item]:
                     question=f"what is the {name} of the movie?",
                     answers=(label,),
                     start=float(start),
-                    end=window_end(start, duration, frames),
+                    end=window_end(start, frames),
                 )
             )
     return items
@@ -47,9 +48,9 @@ def starts(duration: int) -> list[int]:
     return [0, *range(STRIDE, duration - WINDOW + 1, STRIDE)]
 
 
-def window_end(start: int, duration: int, frames: int) -> float:
-    """Just after the window's last frame, seconds: it has frames 1/10 s apart, seconds 0 to 99."""
-    last = min(min(start + WINDOW - 1, duration) * FPS, frames - 1)
+def window_end(start: int, frames: int) -> float:
+    """Just after the window's last frame, seconds: that of its second 99, or the clip's last."""
+    last = min((start + WINDOW - 1) * FPS, frames - 1)
     return (last + 1) / FPS
 
 

@@ -72,7 +72,7 @@ def test_lvu_reads_a_task_s_clips_with_their_windows(written):
     speaking, short = written("lvu_way_speaking", "test")
     assert speaking.question == "what is the way_speaking of the movie?"
     assert speaking.answers == ("explain",)
-    assert speaking.end == 42.1 and short.end == 30.0  # the end of what counts, and of the frames
+    assert speaking.end == 71.7 and short.end == 30.0  # a short clip is read to its last frame
 
 
 def test_breakfast_leaves_out_three_videos(written):
