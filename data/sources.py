@@ -75,9 +75,9 @@ def open_source(config: Any, split: str) -> Sequence[Example]:
     """Opens what ``config.data`` of an experiment names for a split.
 
     Args:
-      config: with ``source`` (``needle`` or ``jsonl``) and its fields; see ``configs/``.
-      split: ``train`` or ``test``. For ``jsonl``, the fields ``train`` and ``test`` are file names;
-        only the answers of ``train`` are required.
+      config: with ``source`` (``jsonl``, ``task`` or ``needle``) and its fields; see ``configs/``.
+      split: ``train`` or ``test``, or another that a task has. For ``jsonl``, the fields ``train``
+        and ``test`` are file names; only the answers of ``train`` are required.
 
     Raises:
       DataError: for an unknown source, or a file that is missing or wrong.
@@ -89,6 +89,10 @@ def open_source(config: Any, split: str) -> Sequence[Example]:
         if not path:
             raise DataError(f"data.jsonl.{split} is empty: set it to a JSON-lines file")
         return JsonlSource(path, require_answer=split == "train")
+    if config.source == "task":
+        from data.benchmark.source import open_task
+
+        return open_task(config, split)
     if config.source == "needle":
         from data.needle.builder import build
         from data.needle.drawn import DrawnClips
@@ -102,4 +106,4 @@ def open_source(config: Any, split: str) -> Sequence[Example]:
         sizes = {name: size for name, size in sizes.items() if size}
         directory = build(config.data_dir, config.needle.num_frames, sizes)
         return RecordSource(directory, split, config.needle.evidence_only)
-    raise DataError(f"data.source is {config.source!r}; it must be 'needle' or 'jsonl'")
+    raise DataError(f"data.source is {config.source!r}; it must be 'jsonl', 'task' or 'needle'")

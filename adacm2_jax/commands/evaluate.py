@@ -26,7 +26,7 @@ def task_of(experiment: Experiment) -> Task | None:
     """The benchmark that an experiment is about; None if it is about other data."""
     if experiment.data.source != "task":
         return None
-    return find(experiment.data.task.name)  # type: ignore[attr-defined]
+    return find(experiment.data.task.name)
 
 
 def evaluate(

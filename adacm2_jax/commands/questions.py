@@ -14,9 +14,8 @@ from typing import Any
 from adacm2_jax.errors import UserError, printable
 from adacm2_jax.files import check_writable
 from adacm2_jax.tasks.task import Item, every, find
+from adacm2_jax.tasks.videos import videos_in
 
-#: Of files that are taken for videos.
-SUFFIXES = (".mp4", ".mkv", ".avi", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv")
 _MOST_NAMED = 5
 
 
@@ -57,7 +56,7 @@ def _run(args: argparse.Namespace) -> None:
         raise UserError(f"--split {args.split!r}: {task.name} has {', '.join(task.splits)}")
     output = pathlib.Path(args.output)
     check_writable(output, f"--output {args.output}")
-    files = videos_in(args.videos)
+    files = videos_in(args.videos, "--videos")
     items = task.read(pathlib.Path(args.annotations), args.split)
     missing = sorted({item.video for item in items if item.video not in files})
     if missing and (not args.skip_missing or len(missing) == len({item.video for item in items})):
@@ -76,28 +75,6 @@ def _run(args: argparse.Namespace) -> None:
     beside.replace(output)
     left_out = f", {len(items) - count} left out: {len(missing)} videos missing" if missing else ""
     print(f"{printable(args.output)}: {count} questions{left_out}")
-
-
-def videos_in(directory: str) -> dict[str, pathlib.Path]:
-    """Name without suffix → video file, of a directory and all below it.
-
-    Raises:
-      UserError: if there is no such directory, or two files have one name.
-    """
-    root = pathlib.Path(directory)
-    if not root.is_dir():
-        raise UserError(f"--videos {printable(directory)}: no such directory")
-    found: dict[str, pathlib.Path] = {}
-    for path in sorted(root.rglob("*")):
-        if path.suffix.lower() not in SUFFIXES or not path.is_file():
-            continue
-        if path.stem in found:
-            raise UserError(
-                f"--videos {printable(directory)}: two files are video {printable(path.stem)}: "
-                f"{printable(str(found[path.stem]))} and {printable(str(path))}; remove one"
-            )
-        found[path.stem] = path
-    return found
 
 
 def lines_of(

@@ -65,4 +65,4 @@ def test_what_cannot_be_read_is_one_line(benchmark, capsys, arguments, told):
 def test_two_files_of_one_name_are_refused(benchmark, capsys):
     (benchmark / "videos/more/tt001.avi").touch()
     assert write(benchmark) == 2
-    assert "two files are video tt001" in error_line(capsys)
+    assert "two videos are tt001" in error_line(capsys)

@@ -1,0 +1,118 @@
+"""What an experiment reads: the part ``data`` of it."""
+
+import dataclasses
+import string
+
+from adacm2_jax.config import check_numbers
+from adacm2_jax.errors import UserError
+from adacm2_jax.video.sampling import RESIZE_NAMES, Sampling
+
+#: Decoding processes or threads: beyond any machine, but few enough to be started.
+WORKERS = {"workers": 256}
+
+
+@dataclasses.dataclass(frozen=True)
+class NeedleTask:
+    """The generated needle task.
+
+    Attributes:
+      num_frames: of a video.
+      train_size: videos to train on.
+      test_size: videos to evaluate on.
+      evidence_only: only the frame that answers is read.
+      drawn: training clips are drawn when they are read, instead of stored as videos.
+    """
+
+    num_frames: int = 4
+    train_size: int = 8000
+    test_size: int = 1000
+    evidence_only: bool = False
+    drawn: bool = False
+
+    def __post_init__(self):
+        check_numbers("data.needle", self, train_size=0, test_size=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskData:
+    """A benchmark (``adacm2_jax.tasks``).
+
+    Attributes:
+      name: of the task, such as ``lvu_scene``.
+      annotations: directory of its annotation, as published.
+      videos: directory of its videos, or of their frames.
+      built: directory that ``python -m data.benchmark.build`` made: it is read instead.
+      allow_missing: leave out what is asked of videos that are not there.
+    """
+
+    name: str = ""
+    annotations: str = ""
+    videos: str = ""
+    built: str = ""
+    allow_missing: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is read, and how.
+
+    Attributes:
+      source: ``jsonl``, ``task`` or ``needle``.
+      jsonl: by split, JSON-lines files with video, question, answer and optional start, end
+        (seconds).
+      task: a benchmark, from its annotation or built.
+      needle: of the generated task.
+      data_dir: where prepared data sets are written.
+      prompt: what both language networks are asked; ``{question}`` stands for the question.
+      sampling: which frames are taken of a video.
+      jitter: training: a random instant in each segment.
+      resize: ``clean``, or ``ma_lmm``: as MA-LMM evaluates, see adacm2_jax/video/resize.py.
+      on_truncated: of a file that is cut short: ``error``, or ``use`` what could be read.
+      cache: keep decoded training clips on disk (short videos, many epochs).
+      cache_dir: where.
+      features: a directory of ``adacm2 prepare``: its features are read instead of training clips.
+      workers: decoding processes in training; 0 decodes in threads.
+    """
+
+    source: str = "jsonl"
+    jsonl: dict = dataclasses.field(default_factory=lambda: {"train": "", "test": ""})
+    task: TaskData = TaskData()
+    needle: NeedleTask = NeedleTask()
+    data_dir: str = "runs/data"
+    prompt: str = "{question}"
+    sampling: Sampling = dataclasses.field(default=Sampling(mode="uniform", num_frames=8))
+    jitter: bool = False
+    resize: str = "clean"
+    on_truncated: str = "error"
+    cache: bool = False
+    cache_dir: str = "runs/cache"
+    features: str = ""
+    workers: int = 0
+
+    def __post_init__(self):
+        check_numbers("data", self, WORKERS, workers=0)
+        try:
+            fields = [each[1:] for each in string.Formatter().parse(self.prompt)]
+        except ValueError:
+            fields = [("", "", None)]
+        if not {each for each in fields if each[0] is not None} <= {("question", "", None)}:
+            raise UserError(
+                f"data.prompt = {self.prompt!r}: its only field is {{question}}; write other "
+                "braces twice"
+            )
+        for split, path in self.jsonl.items():
+            if not isinstance(split, str) or not isinstance(path, str):
+                raise UserError(f"data.jsonl.{split} = {path!r:.60} must be the name of a file")
+        if self.on_truncated not in ("error", "use"):
+            raise UserError(f"data.on_truncated = {self.on_truncated!r}: must be error or use")
+        if self.resize not in RESIZE_NAMES:
+            raise UserError(f"data.resize = {self.resize!r}: must be {' or '.join(RESIZE_NAMES)}")
+        if self.features and self.cache:
+            raise UserError(
+                f"data.features = {self.features} and data.cache: decoded clips would not be "
+                "read; unset one"
+            )
+
+    def ask(self, question: str) -> str:
+        """What both language networks read of a question."""
+        return self.prompt.format(question=question)
