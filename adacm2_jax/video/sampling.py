@@ -34,6 +34,9 @@ class Sampling:
         num_frames: frames of a video (mode "uniform").
         max_frames: None, or a cap (mode "fps"): a video that would have more frames than that is
             sampled uniformly with so many.
+        grid: 0, or of mode "uniform": choose among frames so many a second, the first and the last
+            always among them, as MA-LMM chooses among its extracted frames (ten a second): numbers
+            rint(linspace(first, last, num_frames)).
     Raises:
         DataError: a field is out of range.
     """
@@ -42,6 +45,7 @@ class Sampling:
     fps: float = 1.0
     num_frames: int = 0
     max_frames: int | None = None
+    grid: float = 0.0
 
     def __post_init__(self) -> None:
         if self.mode not in ("fps", "uniform"):
@@ -56,6 +60,10 @@ class Sampling:
             )
         if self.num_frames < 0:
             raise DataError(f"sampling.num_frames={self.num_frames!r}: must be 0 or more")
+        if not (math.isfinite(self.grid) and self.grid >= 0):
+            raise DataError(f"sampling.grid={self.grid!r}: must be frames a second, or 0 for none")
+        if self.grid and self.mode != "uniform":
+            raise DataError(f"sampling.grid={self.grid:g} is for mode 'uniform'; set it to 0")
         if self.max_frames is not None and self.max_frames < 1:
             raise DataError(f"sampling.max_frames={self.max_frames!r}: must be 1 or more, or None")
 
@@ -95,8 +103,24 @@ def sample_times(
             return start + np.arange(count) / sampling.fps
         count = sampling.max_frames
     _check_count(count)
+    if sampling.grid:
+        # Half a frame's length after it begins: whatever a clock rounds, it is that frame.
+        return (_numbers(start, end, count, sampling.grid, rng) + 0.5) / sampling.grid
     within = np.full(count, 0.5) if rng is None else rng.random(count)
     return start + (np.arange(count) + within) * ((end - start) / count)
+
+
+def _numbers(
+    start: float, end: float, count: int, grid: float, rng: np.random.Generator | None
+) -> np.ndarray:
+    """Numbers of ``count`` frames of ``grid`` a second that begin in [start, end)."""
+    first = math.ceil(start * grid - 1e-6)
+    last = max(first, math.ceil(end * grid - 1e-6) - 1)
+    if rng is None:
+        return np.rint(np.linspace(first, last, count))
+    # MA-LMM's training: a frame drawn from each of as many equal segments.
+    ends = np.linspace(first, last + 1, count + 1).astype(np.int64)
+    return rng.integers(ends[:-1], np.maximum(ends[1:], ends[:-1] + 1)).astype(np.float64)
 
 
 def _check_count(count: int) -> None:

@@ -124,10 +124,13 @@ def make_manifest(
     clips = described["clips"]
     if shards < 0 or shards > clips:
         raise DataError(f"{shards} shards for {clips} clips: it must be 1 to {clips}, or 0")
+    how = dataclasses.asdict(load)
+    if not load.sampling.grid:
+        del how["sampling"]["grid"]  # caches that are older than the field have none
     return {
         "format": _FORMAT,
         "source": described,
-        "load": dataclasses.asdict(load),
+        "load": how,
         "vision": vision,
         "dtype": dtype,
         "shape": list(shape),

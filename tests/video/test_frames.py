@@ -354,3 +354,29 @@ def test_sound_that_is_cut_off_does_not_matter():
     whole = encode(None, numbered_frames(30), sound=True, longer_sound=5.0, container="matroska")
     cut = whole[: len(whole) - 300]
     assert read_numbers(all_frames(cut, Sampling(fps=10))) == list(range(30))
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "count", "numbers"),
+    (
+        # LVU's window from second 20 of a long film: frames 200, 210, … 1190.
+        (20.0, 119.1, 100, range(200, 1191, 10)),
+        # A film of 45 frames, five of them: rint of 0, 11, 22, 33, 44.
+        (0.0, 4.5, 5, [0, 11, 22, 33, 44]),
+        # rint(linspace(0, 9, 4)) is 0, 3, 6, 9; halves go to the even: linspace(0, 3, 3) → 0, 2, 3.
+        (0.0, 1.0, 4, [0, 3, 6, 9]),
+        (0.0, 0.4, 3, [0, 2, 3]),
+        # More than there are: some twice.
+        (0.0, 0.2, 4, [0, 0, 1, 1]),
+    ),
+)
+def test_a_grid_takes_the_frames_that_ma_lmm_takes(start, end, count, numbers):
+    times = sample_times(200.0, Sampling("uniform", num_frames=count, grid=10.0), start, end)
+    np.testing.assert_allclose(times, (np.array(list(numbers)) + 0.5) / 10, rtol=0, atol=1e-9)
+
+
+def test_a_grid_draws_a_frame_of_each_segment_in_training():
+    sampling = Sampling("uniform", num_frames=4, grid=10.0)
+    drawn = [sample_times(2.0, sampling, rng=np.random.default_rng(seed)) for seed in range(50)]
+    numbers = np.rint(np.array(drawn) * 10 - 0.5).astype(int)
+    assert (numbers // 5 == np.arange(4)).all() and len(np.unique(numbers)) == 20
