@@ -11,11 +11,13 @@ that has everything. Each is tried straight from its annotation and from the dat
 import importlib
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
@@ -89,12 +91,37 @@ def check_evaluation(name: str, root: Path, annotation: Path, built: Path) -> bo
     return same
 
 
+def check_commands(root: Path) -> bool:
+    """What docs/reproduce.md does after training, as commands, about the run of LVU."""
+    run, annotation, videos = root / "run_lvu_direct", root / "lvu", root / "videos"
+    where = ["--annotations", annotation, "--videos", videos]
+    predictions = run / "eval" / "predictions.jsonl"
+    commands = [
+        ["-m", "data.benchmark.build", "lvu_scene", *where, "--data-dir", root / "again"],
+        ["eval.py", "--workdir", run, "--config.eval.policies=('adacm2','recent','random')"],
+        ["-m", "adacm2_jax.commands", "score", predictions, "--task", "lvu_scene"],
+        ["-m", "adacm2_jax.commands", "questions", "lvu_scene", *where, "--output", root / "lines"],
+    ]
+    holds = True
+    for command in commands:
+        done = subprocess.run(
+            [sys.executable, *map(str, command)], cwd=ROOT, text=True, capture_output=True
+        )
+        print(f"{'FAILS' if done.returncode else 'holds'}  {' '.join(map(str, command[:3]))} …")
+        if done.returncode:
+            print(done.stderr[-2000:], file=sys.stderr)
+        holds &= not done.returncode
+    return holds
+
+
 def main() -> int:
     names = sys.argv[1:] or list(MINIATURES)
     with tempfile.TemporaryDirectory() as made:
         root = Path(made)
         make_videos(root / "videos")
         failed = [name for name in names if not check(name, root)]
+        if "lvu" in names and not check_commands(root):
+            failed.append("the commands")
     print(f"does not hold: {', '.join(failed)}" if failed else "every benchmark can be used")
     return 1 if failed else 0
 
