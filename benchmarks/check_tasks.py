@@ -16,8 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
@@ -26,7 +25,7 @@ from adacm2_jax.runs.experiment import read
 from adacm2_jax.tasks.task import find
 from benchmarks._miniatures import MINIATURES, make_annotation, make_videos
 from data.benchmark.build import build
-from tests.small import get_config
+from tests.small import ROOT, get_config
 
 
 def experiment(name: str, directories: str, split: str = "train"):
