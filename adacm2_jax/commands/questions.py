@@ -55,6 +55,8 @@ def _run(args: argparse.Namespace) -> None:
     if args.split not in task.splits:
         raise UserError(f"--split {args.split!r}: {task.name} has {', '.join(task.splits)}")
     output = pathlib.Path(args.output)
+    if output.is_dir():
+        raise UserError(f"--output {printable(args.output)}: is a directory; name a file")
     check_writable(output, f"--output {args.output}")
     files = videos_in(args.videos, "--videos")
     items = task.read(pathlib.Path(args.annotations), args.split)

@@ -18,6 +18,7 @@ import argparse
 import collections
 import concurrent.futures
 import dataclasses
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -30,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from adacm2_jax.errors import DataError, UserError, printable
+from adacm2_jax.files import check_writable
 from adacm2_jax.progress import Progress
 from adacm2_jax.tasks.task import Item, find
 from adacm2_jax.tasks.videos import videos_in
@@ -96,6 +98,7 @@ def build(
     files = videos_in(videos, "--videos")
     items = {split: read_items(name, annotations, split) for split in splits}
     root = Path(data_dir) / name / VERSION
+    check_writable(root, f"--data-dir {data_dir}")
     root.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"leaks": _leaks(items)}
     counts: dict[str, list[int]] = {}
@@ -141,15 +144,19 @@ def _jobs(
     there = [(video, files[video], tuple(by_video[video])) for video in by_video if video in files]
     parts = [tuple(there[start : start + shard]) for start in range(0, len(there), shard)]
     total = len(parts)
-    return missing, [
+    jobs = [
         Job(root / f"{name}-{split}.array_record-{number:05}-of-{total:05}", part)
         for number, part in enumerate(parts)
     ]
+    # Of an earlier build of more or fewer videos.
+    for path in set(root.glob(f"{name}-{split}.array_record-*")) - {job.path for job in jobs}:
+        path.unlink()
+    return missing, jobs
 
 
 def _write_all(jobs: list[Job], workers: int, what: str) -> list[list[dict]]:
     """Writes the shards that are not there; what is known of the videos of each."""
-    left = [job for job in jobs if not _result_path(job).exists()]
+    left = [job for job in jobs if _result(job) is None]
     if left:
         context = multiprocessing.get_context("spawn")  # a fork may inherit locked locks
         workers = min(workers or os.cpu_count() or 1, len(left))
@@ -163,12 +170,28 @@ def _write_all(jobs: list[Job], workers: int, what: str) -> list[list[dict]]:
                 written = pool.map(write_shard, left)
             for _ in written:
                 progress.update()
-    return [json.loads(_result_path(job).read_text()) for job in jobs]
+    return [_result(job) or [] for job in jobs]
 
 
 def _result_path(job: Job) -> Path:
     """Where what is known of a shard stands; written after the shard, so both are whole."""
     return job.path.with_name(f".{job.path.name}.json")
+
+
+def _result(job: Job) -> list[dict] | None:
+    """What is known of a shard; None if it is not there, or of other files or questions."""
+    try:
+        found = json.loads(_result_path(job).read_text())
+    except (OSError, ValueError):
+        return None
+    return found["videos"] if job.path.exists() and found["of"] == _digest(job) else None
+
+
+def _digest(job: Job) -> str:
+    """Changes when the shard's files or questions do."""
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for _, path, _ in job.videos]
+    asked = [(name, items) for name, _, items in job.videos]
+    return hashlib.sha256(repr((VERSION, stats, asked)).encode()).hexdigest()
 
 
 def write_shard(job: Job) -> None:
@@ -194,7 +217,7 @@ def write_shard(job: Job) -> None:
     beside.replace(job.path)
     result = _result_path(job)
     partial = result.with_name(f"{result.name}.partial")
-    partial.write_text(json.dumps(lines))
+    partial.write_text(json.dumps({"of": _digest(job), "videos": lines}))
     partial.replace(result)
 
 
@@ -317,6 +340,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status
+    except OSError as error:
+        where = printable(args.data_dir)
+        print(f"error: --data-dir {where}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on after the shards that are there", flush=True)
+        return 130
     print("\n".join(told(root)))
     return 0
 

@@ -158,7 +158,7 @@ class BuiltSource:
     def identity(self) -> str:
         """A hash of what the records are, wherever they lie."""
         names = sorted(
-            (path.name, path.stat().st_size) for path in self._root.glob("*.array_record*")
+            (path.name, path.stat().st_size) for path in self._root.glob("[!.]*.array_record*")
         )
         return hashlib.sha256(f"{names} {self._split}".encode()).hexdigest()[:16]
 

@@ -104,6 +104,20 @@ def test_what_is_wrong_is_listed_and_counted(built):
     assert "1 video(s) in train & test: tt002" in said
 
 
+def test_a_video_that_was_mended_is_built_anew(lvu, built, tmp_path):
+    copy = tmp_path / "lvu"
+    shutil.copytree(lvu, copy)
+    root = build(copy, tmp_path)
+    before = {path.name: path.stat().st_mtime_ns for path in root.glob("lvu*.array_record*")}
+    (copy / "videos/broken.mp4").write_bytes(clip(40, 3))
+    assert build(copy, tmp_path) == root
+    report = json.loads((root / "report.json").read_text())
+    assert not report["test"]["corrupt"]
+    assert "broken_0" in [each.id for each in BuiltSource(root, "test")]
+    after = {path.name: path.stat().st_mtime_ns for path in root.glob("lvu*.array_record*")}
+    assert sum(after[name] != before[name] for name in before) == 1  # the others stayed
+
+
 def test_extracted_frames_are_read_as_a_video_of_ten_frames_a_second(lvu, built):
     video = next(each.video for each in BuiltSource(built, "test") if each.group == "tt003")
     with av.open(io.BytesIO(video)) as container:
