@@ -41,6 +41,10 @@ HEARTBEAT = 60
 #: Seconds that a process which ends in an error waits for the others.
 SHUTDOWN = 15
 
+#: What lies at most between two agreements of several processes on whether to stop. An agreement is
+#: a collective: it comes after the step that runs, and the host waits for both.
+AGREE_STEPS, AGREE_SECONDS = 8, 10.0
+
 _BARRIERS = itertools.count()
 
 
@@ -294,6 +298,7 @@ class Preemption:
     def __init__(self):
         self._number = 0
         self._before: dict = {}
+        self._steps, self._turn, self._since = 0, 1, time.monotonic()
 
     def __enter__(self) -> "Preemption":
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -318,8 +323,25 @@ class Preemption:
         """The signal if any process has got one, else 0. All must call it after the same step."""
         if jax.process_count() == 1:
             return self._number
-        # A signal that comes meanwhile stays noted for the next step.
-        return int(multihost_utils.process_allgather(np.int32(self._number)).max())
+        seconds = (time.monotonic() - self._since) / max(self._steps, 1)
+        # A signal that comes meanwhile stays noted for the next time.
+        mine = np.array([self._number, seconds], np.float32)
+        number, slowest = multihost_utils.process_allgather(mine).max(axis=0)
+        # Of what all were told, so that it is the same in all, whatever their clocks say.
+        self._turn = steps_between(float(slowest))
+        self._steps, self._since = 0, time.monotonic()
+        return int(number)
+
+    def polled(self) -> int:
+        """:meth:`agreed` where it is due; 0 else. All must call it, after every step.
+
+        One process alone learns of its signal at once; several do after at most ``AGREE_STEPS``
+        steps, or ``AGREE_SECONDS`` if that is earlier, by the pace of the steps before.
+        """
+        self._steps += 1
+        if jax.process_count() > 1 and self._steps < self._turn:
+            return 0
+        return self.agreed()
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
@@ -331,6 +353,15 @@ class Preemption:
         finally:
             for number in self._before:
                 signal.signal(number, self._note)
+
+
+def steps_between(seconds: float) -> int:
+    """Steps from one agreement to the next, 1 to ``AGREE_STEPS``.
+
+    Args:
+      seconds: of a step, in the slowest process.
+    """
+    return int(min(max(AGREE_SECONDS / max(seconds, 1e-6), 1), AGREE_STEPS))
 
 
 #: What is wrong with a path that somebody gave, and not with this program.

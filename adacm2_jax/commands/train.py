@@ -4,9 +4,9 @@ import contextlib
 import os
 import pathlib
 import sys
-from collections.abc import Iterator
 from typing import Any, NoReturn
 
+import numpy as np
 from jax.sharding import Mesh
 
 from adacm2_jax.commands.evaluate import check_questions, evaluate, task_of
@@ -38,6 +38,7 @@ from adacm2_jax.runs.workdir import (
     write_config,
 )
 from adacm2_jax.sharding import data_share, make_mesh, rows_per_process, shard_batch
+from adacm2_jax.training.ahead import Ahead
 from adacm2_jax.training.loop import Callbacks, Every, train
 from adacm2_jax.training.optim import make_optimizer
 from adacm2_jax.training.step import (
@@ -50,7 +51,7 @@ from adacm2_jax.training.step import (
     refuse_learning,
 )
 from data.feature_cache.cache import check_weights
-from data.pipeline import TrainingBatches, training_batches
+from data.pipeline import training_batches
 from data.sources import open_source
 from data.training_set import clip_loader, training_set, warn_of_missing
 
@@ -146,6 +147,14 @@ def train_and_evaluate(
         trace = Profile(root, profile)
         opened.callback(trace.close)
         preemption = opened.enter_context(Preemption())
+        # Fetched once: a rate computed between two steps would wait for the step that runs.
+        rates = np.asarray(schedule(np.arange(config.train.steps)))
+        batches = Ahead(
+            (make_batch(each, config, processor) for each in rows),
+            put=lambda batch: shard_batch(batch, mesh),
+            place=lambda: rows.examples,
+        )
+        opened.callback(batches.close)  # before its reader
 
         def answer(state: TrainState) -> dict:
             with preemption.at_once():  # nothing would be lost
@@ -165,19 +174,20 @@ def train_and_evaluate(
         callbacks = Callbacks(
             begin_step=trace.begin_step,
             log=lambda step, metrics: writer.write(
-                step, metrics | {"learning_rate": float(schedule(step - 1))}
+                step, metrics | {"learning_rate": float(rates[step - 1])}
             ),
-            save=lambda state: checkpoints.save(state, {"examples": rows.examples, **place}),
+            save=lambda state: checkpoints.save(state, {"examples": batches.place, **place}),
             check=checkpoints.check,
             wait=checkpoints.wait,
             evaluate=answer,
             newest=lambda: checkpoints.latest_step,
             asked=preemption.agreed,
+            polled=preemption.polled,
             stop=stop,
         )
         state = train(
             state,
-            _batches(rows, config, processor, mesh),
+            batches,
             make_train_step(config.model, optimizer, config.seed, state, config.train.step),
             last=config.train.steps,
             mesh=mesh,
@@ -193,13 +203,6 @@ def make_batch(rows: dict, experiment: Experiment, processor: Processor) -> Batc
     question, targets = processor.training(prompts, rows["answer"].tolist())
     targets = targets & rows["valid"].any(axis=1, keepdims=True)
     return Batch(rows["frames"], rows["valid"], rows["index"], question, targets)
-
-
-def _batches(
-    rows: TrainingBatches, config: Experiment, processor: Processor, mesh: Mesh
-) -> Iterator[Batch]:
-    for each in rows:
-        yield shard_batch(make_batch(each, config, processor), mesh)
 
 
 def _check_length(root: pathlib.Path, config: Experiment) -> None:

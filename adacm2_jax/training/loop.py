@@ -1,8 +1,14 @@
-"""The training loop: evaluate, fetch, step, log, save, in this order at every step."""
+"""The training loop: evaluate, step, fetch what the step before reports, log, save.
+
+The device has the next step before it is done with one, and the next batch before it is done with
+the step before: batches come from a thread (ahead.py). Between two steps the host waits for the
+device alone, but where a checkpoint leaves it, where several processes agree on whether to stop
+(:class:`adacm2_jax.distributed.Preemption`), and after the first step, which compiles.
+"""
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +16,7 @@ from jax.sharding import Mesh
 
 from adacm2_jax.errors import UserError
 from adacm2_jax.progress import Progress, compiling
+from adacm2_jax.training.ahead import Ahead
 from adacm2_jax.training.step import Batch, TrainState, explain_nonfinite
 
 
@@ -40,6 +47,7 @@ class Callbacks:
       evaluate: the state.
       newest: the newest step that is saved, or None.
       asked: the signal that asks to stop, 0 if there is none; the same in every process.
+      polled: the same after a step, soon after it is asked for.
       stop: ends the run after a step, for a signal; does not return.
     """
 
@@ -51,12 +59,13 @@ class Callbacks:
     evaluate: Callable[[TrainState], Any]
     newest: Callable[[], int | None]
     asked: Callable[[], int]
+    polled: Callable[[], int]
     stop: Callable[[int, int], None]
 
 
 def train(
     state: TrainState,
-    batches: Iterator[Batch],
+    batches: Ahead[Any, Batch],
     train_step: Callable[[TrainState, Batch], tuple[TrainState, dict]],
     *,
     last: int,
@@ -71,7 +80,7 @@ def train(
 
     Args:
       state: it goes on from.
-      batches: endless, on the mesh.
+      batches: endless, put on the mesh.
       train_step: of ``make_train_step``.
       last: the run's last step.
       mesh: of the state.
@@ -116,12 +125,14 @@ def train(
             batch = next(batches)
             with jax.set_mesh(mesh), _said(step == first):
                 state, metrics = train_step(state, batch)
+                del batch  # the loop must not keep on the device what the step is done with
                 if step == first or _must_wait(mesh):
                     jax.block_until_ready(metrics)
             settle()
+            batches.start_next()  # the step before is over, and its batch no longer there
             pending.append((step, metrics))
             run.check()
-            asked = run.asked()
+            asked = run.polled()
             if every.due("save", step) or step == last or asked:
                 settle()
                 run.save(state)
