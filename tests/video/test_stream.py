@@ -6,7 +6,7 @@ import pytest
 from adacm2_jax.errors import DataError
 from adacm2_jax.video.frames import Sampling, read_clip
 from adacm2_jax.video.resize import RESIZES
-from adacm2_jax.video.stream import open_video, video_batches
+from adacm2_jax.video.stream import by_video, open_video, video_batches
 from data.jsonl import Example
 from tests.video.make_videos import encode, numbered_frames, read_numbers, with_matrix
 
@@ -113,7 +113,8 @@ def test_whatever_a_video_raises_fails_its_row_alone(monkeypatch):
 
     monkeypatch.setitem(RESIZES, "clean", clean)
     good, odd = (encode(None, numbered_frames(20, n, n), fps=10) for n in (64, 96))
-    rows = list(map(example, ["one", "odd", "two", "three"], [good, odd, good, good]))
+    other = encode(None, numbered_frames(20), fps=10, container="matroska")
+    rows = list(map(example, ["one", "odd", "two", "three"], [good, odd, good, other]))
     batches, bad = read(rows)
     assert not bad
     errors = {row.example.id: row.error for batch, _, _ in batches for row in batch.rows}
@@ -162,3 +163,44 @@ def test_opening_decodes_nothing(decoded):
     assert 0 < decoded[0] < 20
     with pytest.raises(DataError):
         open_video(example("b", b""), sampling=Sampling(), size=32, chunk=4)
+
+
+def test_examples_about_the_same_part_of_a_video_are_read_as_one(monkeypatch):
+    one, other = (encode(None, numbered_frames(n), fps=10) for n in (5, 9))
+    examples = [
+        *(example(f"a{i}", one) for i in range(3)),
+        example("b", one, 0.1),
+        example("c", other),
+        example("d", one),
+        *(example(f"bad{i}", b"") for i in range(2)),
+        *(example(f"e{i}", other) for i in range(5)),
+    ]
+    groups = [[row.id for row in asked] for _, asked in by_video(examples)]
+    assert groups == [
+        ["a0", "a1", "a2"],
+        ["b"],
+        ["c"],
+        ["d"],
+        ["bad0", "bad1"],
+        ["e0", "e1", "e2", "e3", "e4"],
+    ]
+    options = {
+        "batch_size": 4,
+        "room": lambda questions: max(1, 4 // questions),
+        **{"chunk": 4, "size": 64, "workers": 1, "sampling": Sampling("fps", 10)},
+    }
+    bad = []
+    batches = list(
+        video_batches(examples, on_bad_video=lambda row, _: bad.append(row.id), **options)
+    )
+    held = [[[row.id for row in each.examples] for each in batch.rows] for batch in batches]
+    assert held == [[groups[0]], [["b"], ["c"], ["d"]], [groups[5]]]
+    assert [(batch.room, batch.end) for batch in batches] == [(1, 3), (4, 8), (1, 13)]
+    assert bad == ["bad0", "bad1"]
+    # From the end of any batch on they are the same.
+    rest = video_batches(
+        examples[3:], first=3, on_bad_video=lambda row, _: bad.append(row.id), **options
+    )
+    assert [(batch.rows[0].number, batch.end) for batch in rest] == [(3, 8), (8, 13)]
+    monkeypatch.setattr("adacm2_jax.video.stream.MOST_QUESTIONS", 2)
+    assert [number for number, _ in by_video(examples)] == [0, 2, 3, 4, 5, 6, 8, 10, 12]
