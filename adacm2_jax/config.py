@@ -19,6 +19,8 @@ POLICIES = ("adacm2", "full", "recent", "uniform", "random", "budget", "merge")
 SCORED = ("adacm2", "budget")
 SCORE_ROWS = ("query", "text", "query+text")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+#: Ways to keep a quantised matrix → the dtype of its values.
+QUANTIZED = {"int8": "int8", "fp8": "float8_e4m3fn"}
 #: Whole numbers become int32 on the accelerator, others float32.
 _MOST = {int: 2**31 - 1, float: 3.4e38}
 #: Characters and decimal exponent of a ratio's text: written out, 1e999999999 fills the memory.
@@ -154,7 +156,12 @@ class QFormerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """A LLaMA decoder; the defaults are Vicuna-7B v1.1 with LAVIS's added ``[PAD]`` row."""
+    """A LLaMA decoder; the defaults are Vicuna-7B v1.1 with LAVIS's added ``[PAD]`` row.
+
+    Attributes:
+      quantize: how the matrices of its layers are kept: one of :data:`QUANTIZED`; empty: as they
+        are. See ``models/quantized.py``.
+    """
 
     vocab_size: int = 32001
     width: int = 4096
@@ -166,9 +173,11 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     max_positions: int = 2048
     tie_embeddings: bool = False
+    quantize: str = ""
 
     def __post_init__(self):
         check_numbers("llm", self)
+        _one_of("llm.quantize", self.quantize, ("", *QUANTIZED))
         _divides("llm.num_heads", self.num_heads, "llm.width", self.width)
         _divides("llm.num_kv_heads", self.num_kv_heads, "llm.num_heads", self.num_heads)
         if self.head_dim % 2:

@@ -156,6 +156,11 @@ def _add_model(made: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="of matrix products (default: the run's)",
     )
+    made.add_argument(
+        "--quantize",
+        choices=("int8", "fp8"),
+        help="how the language model's matrices are kept (default: as they are)",
+    )
 
 
 def _add_shared(made: argparse.ArgumentParser) -> None:

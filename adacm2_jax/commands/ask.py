@@ -114,6 +114,7 @@ def open_model(args: argparse.Namespace, compare: bool = False) -> VideoModel:
         args.model,
         policy=args.policy or "",
         dtype=args.dtype or "",
+        quantize=args.quantize or "",
         on_truncated=args.on_truncated or "",
         compare=compare,
     )

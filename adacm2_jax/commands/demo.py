@@ -26,7 +26,12 @@ def demo(args: argparse.Namespace) -> int:
     from adacm2_jax.demo.page import build, launch
     from adacm2_jax.demo.sample import make_sample
 
-    model = load(args.model, policy=args.policy or "", dtype=args.dtype or "")
+    model = load(
+        args.model,
+        policy=args.policy or "",
+        dtype=args.dtype or "",
+        quantize=args.quantize or "",
+    )
     desk = Desk(model, 1 / args.fps)
     print("compiling", flush=True)
     desk.prepare()

@@ -58,6 +58,11 @@ def add_flags(made: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="of matrix products (default: the run's)",
     )
+    made.add_argument(
+        "--quantize",
+        choices=("int8", "fp8"),
+        help="how the language model's matrices are kept (default: as they are)",
+    )
     limits = made.add_argument_group("limits")
     for field in dataclasses.fields(Limits):
         limits.add_argument(
@@ -124,7 +129,12 @@ def serve(args: argparse.Namespace) -> int:
     from adacm2_jax.runs.load import load
     from adacm2_jax.runs.lock import locked
 
-    model = load(args.model, policy=args.policy or "", dtype=args.dtype or "")
+    model = load(
+        args.model,
+        policy=args.policy or "",
+        dtype=args.dtype or "",
+        quantize=args.quantize or "",
+    )
     state.mkdir(parents=True, exist_ok=True)
     with locked(state, "--state", "another server uses it"):
         server.run(*server.make(model.sessions(), options, limits), bound, limits)

@@ -16,6 +16,7 @@ from adacm2_jax.files import check_writable
 from adacm2_jax.inference.encoder import describe_vision
 from adacm2_jax.inference.processor import LLM_DIR, Processor, train_tokenizers
 from adacm2_jax.models.params import abstract_params, fresh_params, join_params, split_params
+from adacm2_jax.models.quantized import refuse_learning_quantized
 from adacm2_jax.runs import experiment as experiments
 from adacm2_jax.runs.checkpoint import Checkpoints
 from adacm2_jax.runs.experiment import MAY_CHANGE, Experiment, check_alike, check_same
@@ -91,6 +92,7 @@ def train_and_evaluate(
     rows_per_process(config.train.batch_size, mesh, config.train.accumulate)
     abstract = abstract_params(config.model, config.optim.groups, mesh)
     learned = split_params(abstract, config.optim.groups)[0]
+    refuse_learning_quantized(learned)
     check_step(config.train.step, learned, config.train.num_frames)
     if config.data.features:
         refuse_learning(learned)

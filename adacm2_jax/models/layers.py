@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from adacm2_jax.config import QUANTIZED
+
 Init = Callable[..., jax.Array]
 ZEROS, ONES = nn.initializers.zeros, nn.initializers.ones
 
@@ -32,12 +34,19 @@ def embedding(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
     return jax.random.normal(key, shape, dtype) * shape[-1] ** -0.5
 
 
-def param(module: nn.Module, name: str, init: Init, shape: tuple[int, ...], axes: tuple[str, ...]):
-    """Declares a float32 parameter and names its logical axes (see ``sharding.RULES``).
+def param(
+    module: nn.Module,
+    name: str,
+    init: Init,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    dtype: str = "float32",
+):
+    """Declares a parameter and names its logical axes (see ``sharding.RULES``).
 
     Every parameter of every network is made here.
     """
-    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(dtype))
 
 
 def wide(x: jax.Array) -> jax.Array:
@@ -59,6 +68,7 @@ class Dense(nn.Module):
       num_inputs: how many of the axes are contracted.
       use_bias: whether there is a bias (over the output axes).
       widen: by :func:`wide_product`.
+      quantize: how the kernel is kept, one of ``config.QUANTIZED``; see ``models/quantized.py``.
     """
 
     shape: tuple[int, ...]
@@ -66,9 +76,12 @@ class Dense(nn.Module):
     num_inputs: int = 1
     use_bias: bool = True
     widen: bool = False
+    quantize: str = ""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        if self.quantize:
+            return self._quantized(x)
         kernel = param(self, "kernel", fan_in(self.num_inputs), self.shape, self.axes).astype(
             x.dtype
         )
@@ -79,6 +92,21 @@ class Dense(nn.Module):
                 y.dtype
             )
         return y
+
+    def _quantized(self, x: jax.Array) -> jax.Array:
+        """The same without a bias, by a kernel of eight bits whose outputs are scaled.
+
+        Scaled is what comes out, not the kernel: then XLA widens the kernel within the product, and
+        a GPU reads eight bits of it. Half precision holds its values exactly, and the sum is
+        rounded once.
+        """
+        count, dtype = self.num_inputs, QUANTIZED[self.quantize]
+        kernel = param(self, "kernel", ZEROS, self.shape, self.axes, dtype).astype(x.dtype)
+        shape, axes = (1,) * count + self.shape[count:], ("one",) * count + self.axes[count:]
+        scale = param(self, "scale", ONES, shape, axes).reshape(self.shape[count:])
+        precision = jnp.promote_types(x.dtype, jnp.float32)
+        y = jnp.tensordot(x, kernel, count, preferred_element_type=precision)
+        return (y * scale).astype(x.dtype)
 
 
 @jax.custom_vjp

@@ -134,10 +134,11 @@ class Layer(nn.Module):
     def __call__(self, x, positions, mask, index, cache):
         """x [B, S, W]; mask bool[B, 1, S, K]; ``cache`` is None or of :meth:`KVCache.layers`."""
         c = self.config
+        dense = functools.partial(Dense, use_bias=False, quantize=c.quantize)
 
         def heads(name, count):
             axes = ("llm_embed", "llm_heads", "head_dim")
-            return Dense((c.width, count, c.head_dim), axes, use_bias=False, name=name)(y)
+            return dense((c.width, count, c.head_dim), axes, name=name)(y)
 
         y = RMSNorm(c.rms_norm_eps, name="attention_norm")(x)
         query = rotary(heads("query", c.num_heads), positions, c.rope_theta)
@@ -156,13 +157,13 @@ class Layer(nn.Module):
             y = attention(query, repeat(key), repeat(value), mask)
         axes = ("llm_heads", "head_dim", "llm_embed")
         shape = (c.num_heads, c.head_dim, c.width)
-        x = x + Dense(shape, axes, num_inputs=2, use_bias=False, name="out")(y)
+        x = x + dense(shape, axes, num_inputs=2, name="out")(y)
 
         y = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x)
         sizes, names = (c.width, c.mlp_width), ("llm_embed", "llm_mlp")
-        gate = Dense(sizes, names, use_bias=False, name="gate")(y)
-        y = jax.nn.silu(gate) * Dense(sizes, names, use_bias=False, name="up")(y)
-        down = Dense(sizes[::-1], names[::-1], use_bias=False, name="down")
+        gate = dense(sizes, names, name="gate")(y)
+        y = jax.nn.silu(gate) * dense(sizes, names, name="up")(y)
+        down = dense(sizes[::-1], names[::-1], name="down")
         return rows_sharded(x + down(y)), cache
 
 

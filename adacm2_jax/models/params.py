@@ -1,5 +1,6 @@
 """The parameters of a model: which learn, their shapes, types and places, fresh values for them."""
 
+import dataclasses
 import re
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from adacm2_jax.config import AdaCM2Config, check_finite
 from adacm2_jax.errors import UserError
 from adacm2_jax.models.adacm2 import init_params
+from adacm2_jax.models.quantized import kind_of, quantize_fresh
 from adacm2_jax.sharding import param_shardings
 
 #: A regular expression over parameter paths, and a factor on the learning rate; None freezes.
@@ -147,6 +149,7 @@ def abstract_params(config: AdaCM2Config, groups: Sequence[Group], mesh: Mesh) -
     Args:
       config: the model.
       groups: of the optimiser. What learns is float32; what is frozen see :func:`frozen_dtype`.
+        What is quantised is so either way; to train it is refused by ``check_step``.
       mesh: where the parameters belong.
 
     Returns:
@@ -161,7 +164,8 @@ def abstract_params(config: AdaCM2Config, groups: Sequence[Group], mesh: Mesh) -
 
     def place(path, leaf, sharding) -> jax.ShapeDtypeStruct:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        dtype = frozen_dtype(config, name) if name in frozen else leaf.dtype
+        kept = name in frozen and not kind_of(leaf.dtype)
+        dtype = frozen_dtype(config, name) if kept else leaf.dtype
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(place, shapes, param_shardings(boxed, mesh))
@@ -196,8 +200,11 @@ def fresh_params(
     if only is not None:
         wanted = {path: wanted[path] for path in only}
 
+    whole = dataclasses.replace(config, llm=dataclasses.replace(config.llm, quantize=""))
+
     def init(key: jax.Array) -> dict:
-        params = traverse_util.flatten_dict(nn.unbox(init_params(config, key)), sep="/")
+        params = traverse_util.flatten_dict(nn.unbox(init_params(whole, key)), sep="/")
+        params = quantize_fresh(params, wanted)
         return {path: params[path].astype(like.dtype) for path, like in wanted.items()}
 
     shardings = {path: leaf.sharding for path, leaf in wanted.items()}

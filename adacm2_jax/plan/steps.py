@@ -28,6 +28,7 @@ from adacm2_jax.models.adacm2 import (
     state_specs,
 )
 from adacm2_jax.models.params import abstract_params, split_params, unstacked
+from adacm2_jax.models.quantized import refuse_learning_quantized
 from adacm2_jax.runs.experiment import Experiment
 from adacm2_jax.sharding import replicated, rows_per_process
 from adacm2_jax.training.optim import make_optimizer
@@ -145,6 +146,7 @@ def _train(plan: Plan, mesh: Mesh) -> tuple[Any, tuple]:
     rows_per_process(plan.batch, mesh, plan.options.accumulate)
     abstract = plan_params(plan, mesh)
     learned, frozen = split_params(abstract, plan.groups)
+    refuse_learning_quantized(learned)
     check_step(plan.options, learned, plan.frames)
     optimizer, _ = make_optimizer(learned, groups=plan.groups, **plan.optimizer)
     state = abstract_train_state(learned, frozen, optimizer, mesh)

@@ -92,6 +92,12 @@ def parse(argv: list[str], program: str) -> argparse.Namespace:
         choices=["float32", "bfloat16", "float16"],
         help="of the result; by default each parameter's own",
     )
+    into.add_argument(
+        "--quantize",
+        default="",
+        choices=["int8", "fp8"],
+        help="keep the matrices of the language model's layers in eight bits",
+    )
     out = commands.add_parser("export", parents=[both], help="ours to PyTorch")
     out.add_argument("--src", required=True, help="a converted checkpoint or a run of train.py")
     out.add_argument("--format", required=True, choices=["hf", "lavis"])
@@ -116,6 +122,7 @@ def run(args: argparse.Namespace) -> int:
             bert=args.bert,
             allow_llm=args.allow_llm,
             dtype=args.dtype,
+            quantize=args.quantize,
             force=args.force,
         )
         print(f"{args.dst}: {base['parameters']:,} parameters, fingerprint {base['fingerprint']}")
@@ -146,7 +153,7 @@ def verify(theirs: list[str], ours: str) -> int:
     from adacm2_jax.port.verify import compare_outputs, compare_values, given_table, table
 
     with contextlib.closing(open_checkpoint(theirs)) as source:
-        _, params = open_ours(ours)
+        config, params = open_ours(ours)
         stored = TorchParams(source)
         print(given_table(source, stored))
         rows = compare_values(stored, params)
@@ -157,7 +164,7 @@ def verify(theirs: list[str], ours: str) -> int:
             print("outputs were not compared: torch is not installed")
         else:
             with torch.inference_mode():
-                outputs = compare_outputs(source.config, stored, params)
+                outputs = compare_outputs(source.config, stored, params, config.llm.quantize)
             print(table("outputs, relative to the largest", outputs))
             rows += outputs
     bad = [row.what for row in rows if not row.good]

@@ -54,6 +54,11 @@ def export_checkpoint(
     """
     target = open_destination(destination, force, [source])
     config, ours = open_ours(source)
+    if config.llm.quantize:
+        raise UserError(
+            f"{source} holds its language model in {config.llm.quantize} alone, for which these "
+            "formats have no place; export what it was converted from"
+        )
     if form == "hf" and "temporal_embed" in ours.shapes and not drop_temporal:
         raise UserError(
             f"{source} has a temporal table, for which Hugging Face's InstructBLIP has no place; "

@@ -1,16 +1,21 @@
 """PyTorch's checkpoints into ours."""
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from adacm2_jax.config import QUANTIZED, AdaCM2Config
 from adacm2_jax.errors import UserError
 from adacm2_jax.inference.processor import Processor
 from adacm2_jax.inference.tokenizers import check_vicuna, read_tokenizers
+from adacm2_jax.models.params import param_shapes
+from adacm2_jax.models.quantized import quantize, require_qwix, scale_path
 from adacm2_jax.port.base import write_base
 from adacm2_jax.port.destination import check_room, open_destination
 from adacm2_jax.port.formats import TorchCheckpoint, TorchParams, numpy_dtype, open_checkpoint
@@ -24,6 +29,7 @@ def import_checkpoint(
     bert: str | pathlib.Path | None = None,
     allow_llm: str = "",
     dtype: str = "",
+    quantize: str = "",
     force: bool = False,
 ) -> dict:
     """Converts a PyTorch checkpoint.
@@ -34,6 +40,8 @@ def import_checkpoint(
       bert: directory or ``vocab.txt`` of the Q-Former's tokenizer, where the source has none.
       allow_llm: version of Vicuna to accept besides 1.1, such as ``v1.5``.
       dtype: of the result; empty keeps each parameter's own.
+      quantize: how the matrices of the language model's layers are kept, one of
+        ``config.QUANTIZED``; empty: as all others.
       force: replace what is at the destination.
 
     Returns:
@@ -56,6 +64,10 @@ def import_checkpoint(
         stored = TorchParams(source)
         check_other_values(source, stored)
         params = lazy_params(stored, dtype)
+        if quantize:
+            llm = dataclasses.replace(config.llm, quantize=quantize)
+            config = dataclasses.replace(config, llm=llm)
+            params = quantized(params, stored, config)
         total = sum(value.nbytes for value in params.values())
         check_room(target, total)
         with tqdm(total=total, unit="B", unit_scale=True, desc="import", disable=None) as bar:
@@ -83,6 +95,43 @@ def lazy_params(params: TorchParams, dtype: str = "") -> dict[str, LazyArray]:
         )
 
     return {path: lazy(path) for path in params.shapes}
+
+
+def quantized(
+    params: dict[str, LazyArray], stored: TorchParams, config: AdaCM2Config
+) -> dict[str, LazyArray]:
+    """The parameters of a model of which some are quantised: made of what the source holds."""
+    require_qwix()
+    shapes, dtype = param_shapes(config), jnp.dtype(QUANTIZED[config.llm.quantize])
+    made = dict(params)
+    for path in params:
+        scale = scale_path(path)
+        if path.endswith("/kernel") and scale in shapes:
+            made |= _quantized(stored, path, scale, shapes[scale], dtype)
+    return made
+
+
+def _quantized(
+    stored: TorchParams, path: str, scale: str, scale_shape: tuple[int, ...], dtype: np.dtype
+) -> dict[str, LazyArray]:
+    """One stack of matrices and its scales, which are kept from the reading of the matrices."""
+    scales: dict[int, np.ndarray] = {}
+
+    def values_of(layer: int) -> np.ndarray:
+        values, scale = quantize(stored.read(path, layer), scale_shape[1:], dtype)
+        scales[layer] = np.asarray(scale)
+        return np.asarray(values)
+
+    def scale_of(layer: int) -> np.ndarray:
+        if layer not in scales:
+            values_of(layer)
+        return scales.pop(layer)
+
+    layers = stored.layers[path]
+    return {
+        path: LazyArray(stored.shapes[path], dtype, layers, values_of),
+        scale: LazyArray(scale_shape, np.dtype(np.float32), layers, scale_of),
+    }
 
 
 def check_other_values(source: TorchCheckpoint, params: TorchParams) -> None:

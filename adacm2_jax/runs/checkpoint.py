@@ -6,6 +6,7 @@ import pathlib
 import re
 import shutil
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -14,6 +15,7 @@ from flax import traverse_util
 
 from adacm2_jax.distributed import is_main, wait_for_all
 from adacm2_jax.errors import UserError
+from adacm2_jax.models.quantized import kind_of, quantize_stack, require_qwix, scale_path
 from adacm2_jax.runs.damage import reading
 from adacm2_jax.runs.workdir import LINK, PARAMS_DIR, absolute, is_base, param_trees, write_link
 from adacm2_jax.training.step import TrainState
@@ -74,9 +76,13 @@ class Checkpoints:
             (self._workdir / LINK).unlink(missing_ok=True)
         wait_for_all()
         if init_from and is_base(init_from):
-            stored = stored_shapes(absolute(init_from) / PARAMS_DIR)
+            stored = stored_leaves(absolute(init_from) / PARAMS_DIR)
             write_link(self._workdir, init_from)
-            frozen = {path: leaf for path, leaf in frozen.items() if path not in stored}
+            frozen = {
+                path: leaf
+                for path, leaf in frozen.items()
+                if path not in stored or kind_of(leaf.dtype) != kind_of(stored[path].dtype)
+            }
         if frozen:
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(self._workdir / "frozen", frozen)
@@ -139,7 +145,8 @@ def find_params(
       base: see ``workdir.find_base``.
 
     Returns:
-      The leaves of ``abstract`` by path, for each Orbax tree that holds some of them.
+      The leaves of ``abstract`` by path, for each Orbax tree that holds some of them. A kernel that
+      is to be quantised has the dtype in which it is stored, and its scales are not there.
 
     Raises:
       UserError: if there is no checkpoint, it is damaged, or its parameters are not the model's.
@@ -147,21 +154,23 @@ def find_params(
     flat = traverse_util.flatten_dict(abstract, sep="/")
     found: dict = {}
     lines = []
+    before: set[str] = set()
     for part in param_trees(directory, step, base):
-        stored = stored_shapes(part)
-        before = {path for paths in found.values() for path in paths}
-        found[part] = {p: flat[p] for p in stored if p in flat and p not in before}
-        for path, shape in sorted(stored.items()):
+        stored = {p: leaf for p, leaf in stored_leaves(part).items() if p not in before}
+        found[part] = {p: _as_stored(p, stored, flat, directory) for p in stored if p in flat}
+        before |= set(found[part])
+        before |= {scale_path(p) for p, leaf in found[part].items() if leaf.dtype != flat[p].dtype}
+        for path, shape in sorted((path, leaf.shape) for path, leaf in stored.items()):
             if path not in flat:
                 lines.append(f" - {path} {shape}")
-            elif shape != flat[path].shape and path not in before:
+            elif shape != flat[path].shape:
                 lines += [f" - {path} {shape}", f" + {path} {flat[path].shape}"]
     if lines:
         raise UserError(
             f"{directory} holds parameters of another model (- stored, + expected):\n"
             + "\n".join(lines[:40])
         )
-    absent = sorted(set(flat) - {path for part in found.values() for path in part})
+    absent = sorted(set(flat) - before)
     refused = [path for path in absent if not any(re.fullmatch(name, path) for name in missing)]
     if refused:
         raise UserError(
@@ -171,15 +180,37 @@ def find_params(
     return found
 
 
-def stored_shapes(tree: epath.Path) -> dict[str, tuple[int, ...]]:
-    """path → shape of what an Orbax tree with flat names holds.
+def _as_stored(path: str, stored: dict, flat: dict, directory: str | os.PathLike) -> Any:
+    """The leaf of a parameter as it is to be read: where it is quantised then, as it is stored.
+
+    Raises:
+      UserError: if it is stored in eight bits and wanted otherwise.
+    """
+    leaf, wanted = stored[path], flat[path]
+    held, kind = kind_of(leaf.dtype), kind_of(wanted.dtype)
+    if held == kind:
+        return wanted
+    if held:
+        raise UserError(
+            f"{directory} holds its language model in {held} alone: set model.llm.quantize (or "
+            f"--quantize) to {held!r}, or convert the original again"
+        )
+    require_qwix()
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=wanted.sharding)
+
+
+def stored_leaves(tree: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """path → shape and dtype of what an Orbax tree with flat names holds.
 
     Raises:
       UserError: if it is damaged.
     """
     with reading(tree), contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
         stored = handler.metadata(tree).tree
-        return {path: tuple(leaf.shape) for path, leaf in stored.items()}
+        return {
+            path: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
+            for path, leaf in stored.items()
+        }
 
 
 def restore_params(
@@ -192,6 +223,8 @@ def restore_params(
 ) -> dict[str, jax.Array]:
     """The parameters that :func:`find_params` finds, by path: on any mesh, on one device.
 
+    What is to be quantised is read and made small one parameter after the other.
+
     Args:
       directory, abstract, step, missing, base: of :func:`find_params`.
       paths: those to read; by default all.
@@ -199,16 +232,28 @@ def restore_params(
     Raises:
       UserError: as :func:`find_params` does.
     """
+    flat = traverse_util.flatten_dict(abstract, sep="/")
     restored: dict = {}
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-        for part, leaves in find_params(directory, abstract, step, missing, base).items():
-            wanted = {p: leaf for p, leaf in leaves.items() if paths is None or p in paths}
-            if not wanted:
-                continue
+
+        def restore(part: epath.Path, wanted: dict) -> dict:
             with reading(part):
                 places = ocp.checkpoint_utils.construct_restore_args(wanted)
                 args = ocp.args.PyTreeRestore(wanted, restore_args=places, partial_restore=True)
-                restored |= handler.restore(part, args=args)
+                return handler.restore(part, args=args)
+
+        for part, leaves in find_params(directory, abstract, step, missing, base).items():
+            wanted = {p: leaf for p, leaf in leaves.items() if paths is None or p in paths}
+            large = [
+                p for p, leaf in wanted.items() if kind_of(leaf.dtype) != kind_of(flat[p].dtype)
+            ]
+            for path in large:
+                kernel, scale = restore(part, {path: wanted.pop(path)})[path], scale_path(path)
+                made = quantize_stack(kernel, flat[path], flat[scale])
+                restored[path], restored[scale] = jax.block_until_ready(made)
+                kernel.delete()
+            if wanted:
+                restored |= restore(part, wanted)
     return restored
 
 

@@ -16,6 +16,7 @@ _EXTRAS = {
         ("av", "PIL", "tokenizers", "transformers", "sentencepiece", "safetensors"), "video"
     ),
     **dict.fromkeys(("torch",), "port"),
+    **dict.fromkeys(("qwix",), "int8"),
     **dict.fromkeys(
         (
             "fastapi",

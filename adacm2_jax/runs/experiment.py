@@ -21,7 +21,7 @@ from adacm2_jax.training.step import StepConfig
 from adacm2_jax.video.sampling import Sampling
 
 #: Of a model what may differ from the one that was trained.
-_FREE = [f"model.{x}" for x in ("memory.", "dtype", "qformer_dtype", "remat", "fused_")]
+_FREE = ("memory.", "dtype", "qformer_dtype", "remat", "fused_", "llm.quantize")
 #: Dotted prefixes of the fields that may differ from the stored ones, by what is done with them.
 MAY_CHANGE = {
     # They do not alter what the steps compute; train.steps says where the run ends.
@@ -30,13 +30,13 @@ MAY_CHANGE = {
         *("data.cache", "data.data_dir", "data.workers", "mesh"),
     ),
     "evaluate": (
-        *_FREE,
+        *(f"model.{name}" for name in _FREE),
         *("checkpoint.", "data.", "eval.", "generation.", "optim.", "train."),
         *("init_from", "mesh", "seed", "tokenizers"),
     ),
     # What an experiment chooses for itself of a converted checkpoint's model.
     "start": (
-        *_FREE,
+        *(f"model.{name}" for name in _FREE),
         *("model.qformer.dropout", "model.temporal_positions"),
         *("model.max_text_len", "model.max_answer_len"),
     ),

@@ -82,6 +82,7 @@ def load(
     memory: dict[str, Any] | None = None,
     generation: dict[str, Any] | None = None,
     dtype: str = "",
+    quantize: str = "",
     on_truncated: str = "",
     mesh: tuple[int, int] | None = None,
     compare: bool = False,
@@ -101,6 +102,8 @@ def load(
       memory: other fields of ``config.MemoryConfig``, such as ``{"recent_ratio": "0.2"}``.
       generation: other fields of ``GenerationConfig``, such as ``{"num_beams": 5}``.
       dtype: of matrix products, ``float32`` or ``bfloat16``; by default the run's.
+      quantize: how the language model's matrices are kept, ``int8`` or ``fp8``; by default as the
+        run, or the converted checkpoint, has them.
       on_truncated: of a file that is cut short: ``error``, or ``use`` what could be read; by
         default the run's.
       mesh: devices along (data, model); by default the run's.
@@ -114,7 +117,8 @@ def load(
     place = "the directory of a run or of a converted checkpoint"
     if not os.fspath(check_kind(directory, (str, os.PathLike), "directory", place)):
         raise UserError(f"directory is ''; give {place}")
-    for name, text in (("policy", policy), ("dtype", dtype), ("on_truncated", on_truncated)):
+    texts = dict(policy=policy, dtype=dtype, quantize=quantize, on_truncated=on_truncated)
+    for name, text in texts.items():
         check_kind(text, str, name, "a text; '' for the run's own")
     for name, fields in (("memory", memory), ("generation", generation)):
         check_kind(fields or {}, dict, name, "a dictionary of fields, or None")
@@ -129,7 +133,8 @@ def load(
     experiment = experiment_of(directory)
     model = experiment.model
     changed = _replace(model.memory, "memory", memory or {})
-    model = dataclasses.replace(model, memory=changed, dtype=dtype or model.dtype)
+    llm = dataclasses.replace(model.llm, quantize=quantize or model.llm.quantize)
+    model = dataclasses.replace(model, memory=changed, dtype=dtype or model.dtype, llm=llm)
     options = _replace(experiment.generation, "generation", generation or {})
     policies = (policy,) if policy else experiment.eval.policies[:1]
     experiment = dataclasses.replace(

@@ -5,6 +5,7 @@ SmolLM2-135M-Instruct is a LLaMA of 30 layers, 9 query heads on 3 key heads and 
 what transformers reads it with are not part of the test environment (make check-real-weights).
 """
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -16,10 +17,12 @@ import pytest
 import torch
 import transformers
 from flax import traverse_util
+from jax.sharding import SingleDeviceSharding
 
-from adacm2_jax.config import LlamaConfig
+from adacm2_jax.config import QUANTIZED, LlamaConfig
 from adacm2_jax.inference.generate import GenerationConfig, search
 from adacm2_jax.models.llama import Llama, init_cache
+from adacm2_jax.models.quantized import quantize_fresh
 from adacm2_jax.port.formats import llama_config
 from adacm2_jax.port.names import llama_table
 from adacm2_jax.port.source import Source, checkpoint_files
@@ -151,6 +154,48 @@ def test_a_trained_language_model_has_its_logits_and_answers(smollm):
     best = torch.stack(output.logits).topk(2).values
     print(f"error {oracle.error(logits, output.logits[0]):.1e}, closest choice", closest(best))
     assert closest(best) > oracle.TOLERANCE
+
+
+#: Of 50 answers how many stay word for word the same in eight bits, at least, and the relative
+#: error of the logits behind the prompt, at most.
+IN_EIGHT_BITS = {"int8": (45, 0.05), "fp8": (20, 0.2)}
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_a_trained_language_model_in_eight_bits(smollm, kind):
+    """Its matrices alone are kept so; beside it the same model in float32."""
+    _, tokenizer, config, params = smollm
+    given = tokenizer(PROMPTS, return_tensors="np", padding=True, add_special_tokens=False)
+    ids, mask = given["input_ids"], given["attention_mask"].astype(bool)
+    eos = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    generation = GenerationConfig(max_new_tokens=NEW_TOKENS, eos_ids=(eos,), pad_id=eos)
+    small = dataclasses.replace(config, quantize=kind)
+    place = SingleDeviceSharding(jax.devices()[0])
+    wanted = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        abstract_llama(small),
+    )
+    flat = quantize_fresh(
+        traverse_util.flatten_dict(params, sep="/"), traverse_util.flatten_dict(wanted, sep="/")
+    )
+    kept = traverse_util.unflatten_dict(flat, sep="/")
+    found = {}
+    for name, (weights, model) in {"": (params, config), kind: (kept, small)}.items():
+        logits, cache = prefill(weights, ids, mask, model)
+        answers = answer(weights, logits, cache, model, generation).ids[:, 0]
+        found[name] = np.asarray(logits), np.asarray(answers)
+    (exact, before), (near, after) = found.values()
+    error = np.linalg.norm(near - exact, axis=1) / np.linalg.norm(exact, axis=1)
+    centred = exact - exact.mean(axis=1, keepdims=True)
+    share = np.linalg.norm(near - exact, axis=1) / np.linalg.norm(centred, axis=1)
+    same = int((before == after).all(axis=1).sum())
+    print(
+        f"{kind}: {same} of {len(PROMPTS)} answers the same, first words "
+        f"{(before == after)[:, 0].sum()}; logits' relative error median {np.median(error):.4f}, "
+        f"largest {error.max():.4f}; of their spread {np.median(share):.4f}"
+    )
+    least, most = IN_EIGHT_BITS[kind]
+    assert same >= least and np.median(error) <= most
 
 
 def closest(best: torch.Tensor) -> float:
