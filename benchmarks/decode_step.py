@@ -38,10 +38,12 @@ VIDEOS, BEAMS = 4, 5
 MODEL = Llama(CONFIG)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def write(params: dict, ids: jax.Array, tokens: int, beams: int = 1) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def write(
+    params: dict, ids: jax.Array, tokens: int, beams: int = 1, model: Llama = MODEL
+) -> jax.Array:
     """int32[B, tokens]: what follows each prompt of int32[B, PROMPT]."""
-    run = functools.partial(MODEL.apply, {"params": params})
+    run = functools.partial(model.apply, {"params": params})
     cache = init_cache(CONFIG, len(ids), PROMPT + tokens - 1, jnp.float32)
     mask = jnp.ones(ids.shape, bool)
     positions = jnp.broadcast_to(jnp.arange(PROMPT), ids.shape)

@@ -20,6 +20,9 @@ from adacm2_jax.runs.damage import reading
 from adacm2_jax.runs.workdir import LINK, PARAMS_DIR, absolute, is_base, param_trees, write_link
 from adacm2_jax.training.step import TrainState
 
+#: Numbers of a parameter that is read by itself.
+_LARGE = 1 << 24
+
 
 class Checkpoints:
     """The checkpoints of one run.
@@ -223,7 +226,7 @@ def restore_params(
 ) -> dict[str, jax.Array]:
     """The parameters that :func:`find_params` finds, by path: on any mesh, on one device.
 
-    What is to be quantised is read and made small one parameter after the other.
+    Large parameters are read one after the other, and quantised as they are read.
 
     Args:
       directory, abstract, step, missing, base: of :func:`find_params`.
@@ -244,17 +247,24 @@ def restore_params(
 
         for part, leaves in find_params(directory, abstract, step, missing, base).items():
             wanted = {p: leaf for p, leaf in leaves.items() if paths is None or p in paths}
-            large = [
-                p for p, leaf in wanted.items() if kind_of(leaf.dtype) != kind_of(flat[p].dtype)
-            ]
-            for path in large:
-                kernel, scale = restore(part, {path: wanted.pop(path)})[path], scale_path(path)
-                made = quantize_stack(kernel, flat[path], flat[scale])
-                restored[path], restored[scale] = jax.block_until_ready(made)
-                kernel.delete()
+            # Orbax holds all that it restores at once on the host, too.
+            for path in sorted(p for p, leaf in wanted.items() if leaf.size > _LARGE):
+                restored |= _as_wanted(restore(part, {path: wanted.pop(path)}), flat)
             if wanted:
-                restored |= restore(part, wanted)
+                restored |= _as_wanted(restore(part, wanted), flat)
     return restored
+
+
+def _as_wanted(found: dict[str, jax.Array], flat: dict) -> dict[str, jax.Array]:
+    """What has been read; of it that is quantised which is to be."""
+    made = dict(found)
+    for path, leaf in found.items():
+        if leaf.dtype != flat[path].dtype:
+            scale = scale_path(path)
+            pair = quantize_stack(leaf, flat[path], flat[scale])
+            made[path], made[scale] = jax.block_until_ready(pair)
+            leaf.delete()
+    return made
 
 
 def _abstract(tree):
