@@ -88,7 +88,7 @@ def _compare_quantized(
     values: np.ndarray, scale: np.ndarray, original: np.ndarray
 ) -> tuple[float, bool]:
     """The error that is left of quantising, and whether values and scales are those of it."""
-    again = quantize_layer(original, scale.shape, values.dtype)
+    again = map(np.asarray, quantize_layer(original, scale.shape, values.dtype))
     same = all(_same_bits(*pair) for pair in zip((values, scale), again, strict=True))
     return _error(values.astype(np.float32) * scale, original), same
 
