@@ -51,7 +51,7 @@ def main() -> None:
     print("kept as  parameters MB  ours ms  float32 ms  float32 / ours (quartiles)")
     for kind in QUANTIZED:
         model = Llama(dataclasses.replace(CONFIG, quantize=kind))
-        small = unstacked({"llm": in_eight_bits(made, model)})["llm"]
+        small = unstacked({"llm": in_eight_bits(jax.tree.map(jnp.copy, made), model)})["llm"]
         exact = unstacked({"llm": jax.tree.map(jnp.copy, made)})["llm"]
 
         def run(params: dict, model: Llama) -> np.ndarray:

@@ -10,6 +10,7 @@ it is, for its products decide between words, and so do the embeddings, of which
 row. ``LlamaConfig.quantize`` says how; all else follows from the shapes of the parameters.
 """
 
+import functools
 import importlib.util
 from collections.abc import Mapping
 from typing import Any
@@ -57,6 +58,7 @@ def refuse_learning_quantized(learned: Mapping[str, Any]) -> None:
             )
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def quantize(
     kernel: jax.Array | np.ndarray, scale_shape: tuple[int, ...], dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
