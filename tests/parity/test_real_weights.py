@@ -156,8 +156,8 @@ def test_a_trained_language_model_has_its_logits_and_answers(smollm):
     assert closest(best) > oracle.TOLERANCE
 
 
-#: Of 50 answers how many stay word for word the same in eight bits, at least (as measured, less
-#: error of the logits behind the prompt, at most.
+#: Of 50 answers the fewest that stay word for word the same in eight bits (35 and 14 were seen),
+#: and the largest median of the logits' relative errors behind a prompt (0.029 and 0.085).
 IN_EIGHT_BITS = {"int8": (30, 0.05), "fp8": (10, 0.15)}
 
 
