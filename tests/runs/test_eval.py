@@ -432,9 +432,8 @@ def test_parameters_of_another_model_are_listed(small_run, tmp_path, capsys):
 @pytest.mark.parametrize("part", ["checkpoints/9/learned", "frozen"])
 def test_a_damaged_checkpoint_is_named(small_run, tmp_path, capsys, part):
     shutil.copytree(small_run, tmp_path / "run")
-    # All of a size to hold values: which of them are read depends on the order of their writing.
     for path in (tmp_path / "run" / part).rglob("d/*"):
-        if path.stat().st_size > 4096:
+        if path.stat().st_size > 4096:  # all that may hold values: not each of them is read
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert run_script("eval.py", f"--workdir={tmp_path / 'run'}") == 2
     line = error_line(capsys)
