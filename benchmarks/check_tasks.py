@@ -28,7 +28,7 @@ from data.benchmark.build import build
 from tests.small import ROOT, get_config
 
 
-def experiment(name: str, directories: str, split: str = "train"):
+def experiment(name: str, directories: str):
     """A configuration of the full size with the smallest model and one step."""
     first = MINIATURES[name][0]
     config = importlib.import_module(f"configs.{name}").get_config(f"weights,{first}{directories}")
@@ -41,7 +41,6 @@ def experiment(name: str, directories: str, split: str = "train"):
     config.train.steps, config.train.batch_size, config.optim.warmup_steps = 1, 2, 1
     config.data.sampling.num_frames = config.train.num_frames = 4
     config.data.workers, config.eval.batch_size = 0, 2
-    config.data.task.allow_missing = False
     return read(config)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adacm2_jax.tasks.annotation import field, read_json
-from adacm2_jax.tasks.task import Item
+from adacm2_jax.tasks.task import Item, Task
 
 #: How questions are put to both networks.
 QUESTION = "Question: {question} Short answer:"
@@ -76,3 +76,27 @@ def video_name(text: str) -> str:
     """A video's name without its directory and suffix; names of YouTube may hold dots."""
     name = text.rsplit("/", 1)[-1]
     return re.sub(r"\.(mp4|avi|mkv|webm|mov)$", "", name, flags=re.IGNORECASE)
+
+
+def words_and_captions(name: str) -> tuple[Task, Task]:
+    """``NAME_qa``, whose answers are a word, and ``NAME_captions``, of the same videos."""
+    splits = ("train", "val", "test")
+    return (
+        Task(
+            name=f"{name}_qa",
+            read=read_questions,
+            splits=splits,
+            files=tuple(f"qa_{split}.json" for split in splits),
+            prompt=QUESTION,
+            metrics=("first_word", "first_word_top5"),
+            generation=ANSWER,
+        ),
+        Task(
+            name=f"{name}_captions",
+            read=read_captions,
+            splits=splits,
+            files=tuple(f"cap_{split}.json" for split in splits),
+            metrics=("captions",),
+            generation=DESCRIBE,
+        ),
+    )

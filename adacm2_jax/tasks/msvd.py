@@ -4,27 +4,6 @@ One-word answers, and captions. As MA-LMM scores answers: the first word of the 
 the answer.
 """
 
-from adacm2_jax.tasks.ma_lmm import ANSWER, DESCRIBE, QUESTION, read_captions, read_questions
-from adacm2_jax.tasks.task import Task
+from adacm2_jax.tasks.ma_lmm import words_and_captions
 
-_SPLITS = ("train", "val", "test")
-
-TASKS = (
-    Task(
-        name="msvd_qa",
-        read=read_questions,
-        splits=_SPLITS,
-        files=tuple(f"qa_{split}.json" for split in _SPLITS),
-        prompt=QUESTION,
-        metrics=("first_word", "first_word_top5"),
-        generation=ANSWER,
-    ),
-    Task(
-        name="msvd_captions",
-        read=read_captions,
-        splits=_SPLITS,
-        files=tuple(f"cap_{split}.json" for split in _SPLITS),
-        metrics=("captions",),
-        generation=DESCRIBE,
-    ),
-)
+TASKS = words_and_captions("msvd")
