@@ -38,7 +38,7 @@ def section_memory(rows: Rows, size: Size) -> None:
     """Bytes after T frames, by policy; ``full`` last, for longer videos until one does not fit."""
     config = size.config()
     params = draw_params(config, READING)
-    chunk = size.chunks[0]
+    chunk = size.chunk
     shape = (1, chunk, config.vision.tokens_per_frame, config.vision.width)
     features = jax.random.normal(jax.random.key(0), shape).astype(config.feature_dtype)
     policies = [("adacm2", MemoryConfig()), ("merge", MemoryConfig("merge", bank_frames=10))]
@@ -66,8 +66,10 @@ def _memory_of(rows, name, model, params, features, lengths, size) -> None:
     by_compiler = compiled.argument_size_in_bytes + compiled.temp_size_in_bytes
     seen = 0
     for frames in lengths:
-        while seen < frames:
-            valid = np.arange(features.shape[1])[None] < frames - seen
+        # The arrays of ``full`` have their size from the first frame on.
+        end = min(frames, 2 * features.shape[1]) if name.startswith("full") else frames
+        while seen < end:
+            valid = np.arange(features.shape[1])[None] < end - seen
             state = steps.read(model, params, features, valid, asked, state)
             seen += int(valid.sum())
         jax.block_until_ready(state)
@@ -79,6 +81,7 @@ def _memory_of(rows, name, model, params, features, lengths, size) -> None:
             peak_bytes=stats.get("peak_bytes_in_use"),
             step_by_compiler=by_compiler,
             kept=int(state.memory.tokens_kept[0]),
+            frames_read=seen,
         )
 
 

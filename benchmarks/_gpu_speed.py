@@ -3,13 +3,15 @@
 import collections
 import dataclasses
 import itertools
+import math
 import pathlib
 import tempfile
+import time
 
 import jax
 import jax.numpy as jnp
 
-from adacm2_jax.config import memory_preset
+from adacm2_jax.config import AdaCM2Config, memory_preset
 from adacm2_jax.inference import steps
 from adacm2_jax.inference.generate import GenerationConfig
 from adacm2_jax.models.adacm2 import AdaCM2, StreamState, init_state, repeat_rows
@@ -51,37 +53,41 @@ def section_stream(rows: Rows, size: Size) -> None:
     _vit(rows, size, params, size.images[0], True, ", stacked")
     params = unstacked(params)
     alone = _vit_alone(rows, size, params)
-    for preset, questions, chunk, videos in itertools.product(
-        ("eq8", "eq6"), size.questions, size.chunks, size.videos
-    ):
-        name = f"{preset}, {videos} videos, {questions} questions, chunk {chunk}"
-        if videos * chunk > 8 * max(size.chunks) or videos * questions > 64:
-            continue
-        if rows.late(name):
+    for case in size.streams:
+        if rows.late(_name(*case)):
             return
-        _stream(rows, size, params, preset, videos, questions, chunk, alone)
+        _stream(rows, size, params, *case, alone)
+
+
+def _name(preset: str, videos: int, questions: int, chunk: int) -> str:
+    return f"{preset}, {videos} videos, {questions} questions, chunk {chunk}"
 
 
 def _vit_alone(rows: Rows, size: Size, params: dict) -> dict[bool, float]:
     """The ViT by images and kind of attention; the best frames a second of each kind."""
     best = {False: 0.0, True: 0.0}
-    for images, fused in itertools.product(size.images, (False, True)):
+    for images, fused in itertools.product(size.images, (True, False)):
         best[fused] = max(best[fused], _vit(rows, size, params, images, fused))
     return best
 
 
-def _vit(rows: Rows, size: Size, params: dict, images: int, fused: bool, how: str = "") -> float:
-    """Frames a second of the ViT; 0 where there is no time for it."""
-    name = f"ViT, {images} images, fused {fused}{how}"
+def _vit(
+    rows: Rows, size: Size, params: dict, images: tuple[int, int], fused: bool, how: str = ""
+) -> float:
+    """Frames a second of the ViT on [videos, frames]; 0 where there is no time for it."""
+    count = math.prod(images)
+    name = f"ViT, {count} images, fused {fused}{how}"
     if rows.late(name):
         return 0.0
     config = size.config(fused_attention=fused)
-    model, frames = AdaCM2(config), pixels(config, 1, images)
+    model, frames = AdaCM2(config), pixels(config, *images)
+    begun = time.perf_counter()
     seconds, spread = seconds_of(lambda: steps.encode(model, params, frames), size.least)
+    taken = time.perf_counter() - begun
     rate = flops_of(lambda p, f: steps.encode(model, p, f), params, frames) / seconds
     share = rows.share(rate, "product", "flops_a_second")
-    rows.add(name, frames_a_second=images / seconds, share=share, spread=spread)
-    return images / seconds
+    rows.add(name, frames_a_second=count / seconds, share=share, spread=spread, measured_in=taken)
+    return count / seconds
 
 
 def _stream(
@@ -117,14 +123,13 @@ def _stream(
         state = steps.read(model, params, encoded, valid, asked, state)
         return state
 
-    name = f"{preset}, {videos} videos, {questions} questions, chunk {chunk}"
-    count = videos * chunk
+    count, begun = videos * chunk, time.perf_counter()
     reading = {ours: seconds_of(lambda ours=ours: read(ours), size.least)[0] for ours in models}
     ours = reading[True] < reading[False]
     model = models[ours]
     both, spread = seconds_of(together, size.least)
     rows.add(
-        name,
+        _name(preset, videos, questions, chunk),
         frames_a_second=count / both,
         of_the_vit_alone=count / both / max(alone.values()) if any(alone.values()) else None,
         without_vit_ms_a_frame=reading[False] / count * 1e3,
@@ -132,56 +137,75 @@ def _stream(
         fused_attention=fused,
         fused_memory=ours,
         spread=spread,
+        measured_in=time.perf_counter() - begun,
     )
 
 
 # --- decode --------------------------------------------------------------------------------------
 
 
+#: Rows, beams, kind of the language model's matrices, which are drawn anew for each kind.
+DECODED = ((1, 1, "int8"), (1, 1, ""), (8, 1, ""), (1, 5, ""), (8, 5, ""), (1, 1, "stacked"))
+
+
 def section_decode(rows: Rows, size: Size) -> None:
-    """The first token and those after it, by rows and beams; once with stacked layers, too."""
-    config = size.config()
-    params = draw_params(config, ANSWERING)
+    """The first token and those after it, by rows and beams; in eight bits and with stacked layers,
+    too."""
+    made: tuple[str, dict] = ("", {})
+    for batch, beams, kind in DECODED:
+        name = f"{batch} rows, {beams} beams" + (f", {kind}" if kind else "")
+        if rows.late(name):
+            return
+        config = size.config()
+        quantize = "int8" if kind == "int8" else ""
+        config = dataclasses.replace(config, llm=dataclasses.replace(config.llm, quantize=quantize))
+        if not made[1] or made[0] != kind:
+            made = ("", {})  # the card has room for one
+            params = draw_params(config, ANSWERING)
+            made = (kind, params if kind == "stacked" else unstacked(params))
+            del params
+        _decode(rows, name, size, config, made[1], batch, beams)
+
+
+def _decode(
+    rows: Rows,
+    name: str,
+    size: Size,
+    config: AdaCM2Config,
+    params: dict,
+    batch: int,
+    beams: int,
+) -> None:
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params["llm"]))
     table = params["llm"]["token_embed"].nbytes  # one row of it is read
     model = steps.any_policy(config)
-    for batch, beams, apart in (
-        (1, 1, False),
-        (1, 1, True),
-        (8, 1, True),
-        (1, 5, True),
-        (8, 5, True),
-    ):
-        name = f"{batch} rows, {beams} beams{'' if apart else ', stacked layers'}"
-        if rows.late(name):
-            return
-        if apart and not isinstance(params["llm"]["layers"], tuple):
-            params = unstacked(params)
-        queries = jax.random.normal(
-            jax.random.key(0), (batch, config.qformer.num_queries, config.qformer.width)
-        ).astype(config.memory_dtype)
-        question = ask(config, batch, size.words)
+    queries = jax.random.normal(
+        jax.random.key(0), (batch, config.qformer.num_queries, config.qformer.width)
+    ).astype(config.memory_dtype)
+    question = ask(config, batch, size.words)
 
-        def seconds(tokens, batch=batch, beams=beams, given=(params, queries, question)):
-            params, queries, question = given
-            options = GenerationConfig(
-                max_new_tokens=tokens, min_new_tokens=tokens, num_beams=beams, eos_ids=()
-            )
-            arguments = queries, question, options, jax.random.key(0), jnp.arange(batch)
-            return seconds_of(lambda: steps.answer(model, params, *arguments), size.least)
-
-        first, _ = seconds(1)
-        whole, spread = seconds(size.new_tokens + 1)
-        step = (whole - first) / size.new_tokens
-        rows.add(
-            name,
-            first_token_ms=first * 1e3,
-            step_ms=step * 1e3,
-            tokens_a_second=batch / step,
-            # Reading every weight once is the least that a step can do.
-            share=rows.share((weights - table) / step, "copy", "bytes_a_second"),
-            spread=spread,
+    def seconds(tokens: int) -> tuple[float, float]:
+        options = GenerationConfig(
+            max_new_tokens=tokens, min_new_tokens=tokens, num_beams=beams, eos_ids=()
         )
+        arguments = queries, question, options, jax.random.key(0), jnp.arange(batch)
+        return seconds_of(lambda: steps.answer(model, params, *arguments), size.least, windows=3)
+
+    begun = time.perf_counter()
+    first, _ = seconds(1)
+    whole, spread = seconds(size.new_tokens + 1)
+    step = (whole - first) / size.new_tokens
+    rows.add(
+        name,
+        first_token_ms=first * 1e3,
+        step_ms=step * 1e3,
+        tokens_a_second=batch / step,
+        # Reading every weight once is the least that a step can do.
+        share=rows.share((weights - table) / step, "copy", "bytes_a_second"),
+        weights_bytes=weights,
+        spread=spread,
+        measured_in=time.perf_counter() - begun,
+    )
 
 
 # --- trace ---------------------------------------------------------------------------------------
@@ -189,13 +213,13 @@ def section_decode(rows: Rows, size: Size) -> None:
 
 def section_trace(rows: Rows, size: Size) -> None:
     """Ten chunks of one video and of eight: which kernels take the time, and how many there are."""
-    for videos, fused in ((1, False), (1, True), (8, True)):
+    for videos, fused in ((1, True), (8, True), (1, False)):
         name = f"{videos} videos, fused {fused}"
         if rows.late(name):
             return
-        config = size.config(fused_attention=fused)
+        config = size.config(fused_attention=fused, fused_memory=fused)
         params = unstacked(draw_params(config, READING))
-        model, frames = AdaCM2(config), pixels(config, videos, size.chunks[0])
+        model, frames = AdaCM2(config), pixels(config, videos, size.chunk)
         asked = ask(config, videos, size.words)
         valid = jnp.ones(frames.shape[:2], bool)
         state = init_state(config, jnp.zeros(videos, jnp.int32))
@@ -215,15 +239,15 @@ def section_trace(rows: Rows, size: Size) -> None:
         if not kernels:
             rows.add(name, kernels=None)
             continue
-        total = sum(time for time, _ in kernels.values())
+        total = sum(taken for taken, _ in kernels.values())
         launches = sum(count for _, count in kernels.values())
         rows.add(name, device_ms_a_chunk=total / 10 / 1e6, launches_a_chunk=launches / 10)
-        for kernel, (time, count) in sorted(kernels.items(), key=lambda item: -item[1][0])[:20]:
+        for kernel, (taken, count) in sorted(kernels.items(), key=lambda item: -item[1][0])[:20]:
             rows.add(
                 f"{name}: {kernel[:60]}",
-                ms_a_chunk=time / 10 / 1e6,
+                ms_a_chunk=taken / 10 / 1e6,
                 launches_a_chunk=count / 10,
-                share=time / total,
+                share=taken / total,
             )
 
 

@@ -8,8 +8,8 @@ bfloat16 with random weights, eager and by ``torch.compile``. JAX computes nothi
 
 import dataclasses
 import functools
-import itertools
 import os
+import time
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # the card is PyTorch's
@@ -117,56 +117,77 @@ def section_torch(rows: Rows, size: Size) -> None:
 
 
 def _frames(rows: Rows, size: Size, config: AdaCM2Config, about: dict) -> None:
-    side, p = config.vision.image_size, config.vision.tokens_per_frame
     vit, reader = vision_model(config), qformer(config, size.words)
-    ways = {"eager": (vit, reader)}
-    if not size.tiny:
-        ways["compiled"] = torch.compile(vit), torch.compile(reader, dynamic=False)
-    for (way, (encode, _)), images in itertools.product(
-        ways.items(), (size.chunks[0], 8 * size.chunks[0])
-    ):
-        name = f"ViT, {images} images, {way}"
-        if rows.late(name):
-            return
-        batch = torch.randn(images, 3, side, side, device=DEVICE, dtype=DTYPE)
-        seconds, spread = seconds_of(lambda e=encode, b=batch: e(b), size.least)
-        rows.add(name, **about, frames_a_second=images / seconds, spread=spread)
-    chunk = size.chunks[0]
-    batch = torch.randn(chunk, 3, side, side, device=DEVICE, dtype=DTYPE)
-    features = torch.randn(chunk, p, config.vision.width, device=DEVICE, dtype=DTYPE)
-    memories = [(f"eq8, 1 videos, 1 questions, chunk {chunk}, {way}", *ways[way]) for way in ways]
+    for index in range(4 * size.chunk):  # until the memory has its length
+        reader(_features(config, 1)[0], index)
     banks = MemoryConfig(policy="merge", bank_frames=BANK_FRAMES)
-    reader = qformer(dataclasses.replace(config, memory=banks), size.words)
-    memories.append((f"MA-LMM's banks of {BANK_FRAMES}, 1 videos, chunk {chunk}", vit, reader))
-    for name, encode, read in memories:
-        if rows.late(name):
-            return
-        for i in range(3 * chunk):  # until the memory has its length
-            read(features[i % chunk], 200)
+    banked = qformer(dataclasses.replace(config, memory=banks), size.words)
+    for index in range(BANK_FRAMES + 2):
+        banked(_features(config, 1)[0], index)
+    many = 8 * size.chunk
+    _vit(rows, size, config, "eager", vit, size.chunk, about)
+    _vit(rows, size, config, "eager", vit, many, about)
+    _together(rows, size, config, "eq8", "eager", vit, reader, about)
+    _together(rows, size, config, f"MA-LMM's banks of {BANK_FRAMES}", "eager", vit, banked, about)
+    if size.tiny:
+        return
+    vit, reader = torch.compile(vit, dynamic=False), torch.compile(reader, dynamic=False)
+    _vit(rows, size, config, "compiled", vit, size.chunk, about)
+    _together(rows, size, config, "eq8", "compiled", vit, reader, about)
+    _vit(rows, size, config, "compiled", vit, many, about)
 
-        def reading(read=read):
-            for frame in features:
-                read(frame, 200)
 
-        def together(encode=encode, read=read):
-            for frame in encode(batch).last_hidden_state:
-                read(frame, 200)
+def _images(config: AdaCM2Config, count: int) -> torch.Tensor:
+    side = config.vision.image_size
+    return torch.randn(count, 3, side, side, device=DEVICE, dtype=DTYPE)
 
-        alone, _ = seconds_of(reading, size.least)
-        both, spread = seconds_of(together, size.least)
-        rows.add(
-            name,
-            **about,
-            frames_a_second=chunk / both,
-            without_vit_ms_a_frame=alone / chunk * 1e3,
-            spread=spread,
-        )
+
+def _features(config: AdaCM2Config, count: int) -> torch.Tensor:
+    shape = count, config.vision.tokens_per_frame, config.vision.width
+    return torch.randn(*shape, device=DEVICE, dtype=DTYPE)
+
+
+def _vit(rows, size, config, way, encode, images, about) -> None:
+    if rows.late(name := f"ViT, {images} images, {way}"):
+        return
+    batch, begun = _images(config, images), time.perf_counter()
+    seconds, spread = seconds_of(lambda: encode(batch), size.least)
+    taken = time.perf_counter() - begun
+    rows.add(name, **about, frames_a_second=images / seconds, spread=spread, measured_in=taken)
+
+
+def _together(rows, size, config, what, way, encode, read, about) -> None:
+    """One video, one question: a chunk by the ViT, then frame by frame."""
+    chunk = size.chunk
+    if rows.late(name := f"{what}, 1 videos, 1 questions, chunk {chunk}, {way}"):
+        return
+    batch, features = _images(config, chunk), _features(config, chunk)
+    begun = time.perf_counter()
+
+    def reading() -> None:
+        for frame in features:
+            read(frame, 200)
+
+    def together() -> None:
+        for frame in encode(batch).last_hidden_state:
+            read(frame, 200)
+
+    alone, _ = seconds_of(reading, size.least)
+    both, spread = seconds_of(together, size.least)
+    rows.add(
+        name,
+        **about,
+        frames_a_second=chunk / both,
+        without_vit_ms_a_frame=alone / chunk * 1e3,
+        spread=spread,
+        measured_in=time.perf_counter() - begun,
+    )
 
 
 def _tokens(rows: Rows, size: Size, config: AdaCM2Config, about: dict) -> None:
     model = language_model(config)
     places = config.qformer.num_queries + size.words
-    for batch, beams, cache in ((1, 1, None), (8, 1, None), (1, 5, None), (1, 1, "static")):
+    for batch, beams, cache in ((1, 1, None), (1, 5, None), (8, 1, None), (1, 1, "static")):
         name = f"{batch} rows, {beams} beams, {'compiled' if cache else 'eager'}"
         if rows.late(name):
             return

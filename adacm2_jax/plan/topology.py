@@ -173,11 +173,11 @@ def topology_devices(topology: Topology) -> list:
       UserError: if the compiler for them is not installed, or knows no such topology.
     """
     platform = topology.chip.platform
-    module, package = {
-        "tpu": ("libtpu", "jax[tpu]"),
-        "cuda": ("jax_plugins.xla_cuda12", "jax[cuda12]"),
+    modules, package = {
+        "tpu": (["libtpu"], "jax[tpu]"),
+        "cuda": (["jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13"], "jax[cuda12]"),
     }[platform]
-    if not _installed(module):
+    if not any(map(_installed, modules)):
         raise UserError(
             f"--topology {topology.name}: the compiler for it is not installed; "
             f"pip install '{package}=={jax.__version__}'"
