@@ -217,7 +217,7 @@ def _compare_vit(rows: Rows) -> None:
     # A block rounds about eight results that are added to one another, at random.
     bound = 2.0**-8 * (8 * config.vision.depth) ** 0.5
     for fused in (False, True):
-        half = dataclasses.replace(config, dtype="bfloat16", fused_attention=fused)
+        half = dataclasses.replace(config, dtype="bfloat16", fused_vision=fused)
         found = _on(jax.devices()[0], lambda half=half: steps.encode(AdaCM2(half), params, frames))
         off = float(np.linalg.norm(found.astype(np.float32) - exact) / np.linalg.norm(exact))
         rows.add(f"ViT in bfloat16, fused {fused}", right=off <= bound, off=off, bound=bound)

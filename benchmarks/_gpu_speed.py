@@ -79,7 +79,7 @@ def _vit(
     name = f"ViT, {count} images, fused {fused}{how}"
     if rows.late(name):
         return 0.0
-    config = size.config(fused_attention=fused)
+    config = size.config(fused_vision=fused)
     model, frames = AdaCM2(config), pixels(config, *images)
     begun = time.perf_counter()
     seconds, spread = seconds_of(lambda: steps.encode(model, params, frames), size.least)
@@ -101,7 +101,7 @@ def _stream(
     alone: dict[bool, float],
 ) -> None:
     fused = alone[True] > alone[False]
-    config = size.config(memory=memory_preset(preset), fused_attention=fused)
+    config = size.config(memory=memory_preset(preset), fused_vision=fused)
     frames = pixels(config, videos, chunk)
     models = {
         ours: AdaCM2(dataclasses.replace(config, fused_memory=ours)) for ours in (False, True)
@@ -134,7 +134,7 @@ def _stream(
         of_the_vit_alone=count / both / max(alone.values()) if any(alone.values()) else None,
         without_vit_ms_a_frame=reading[False] / count * 1e3,
         without_vit_fused_memory_ms_a_frame=reading[True] / count * 1e3,
-        fused_attention=fused,
+        fused_vision=fused,
         fused_memory=ours,
         spread=spread,
         measured_in=time.perf_counter() - begun,
@@ -217,7 +217,7 @@ def section_trace(rows: Rows, size: Size) -> None:
         name = f"{videos} videos, fused {fused}"
         if rows.late(name):
             return
-        config = size.config(fused_attention=fused, fused_memory=fused)
+        config = size.config(fused_vision=fused, fused_memory=fused)
         params = unstacked(draw_params(config, READING))
         model, frames = AdaCM2(config), pixels(config, videos, size.chunk)
         asked = ask(config, videos, size.words)

@@ -5,7 +5,7 @@
 Compiles reading for one H100 at full size in bfloat16, one video, a chunk of 16 frames, and counts
 in the optimised program: the kernels that run for every frame in every layer of the memory, as XLA
 makes them and as ``model.fused_memory`` does; those of a ViT block, and the largest array of a ViT
-block, with plain and with fused attention (``model.fused_attention``). Exits with 1 if fused
+block, with plain and with fused attention (``model.fused_vision``). Exits with 1 if fused
 attention leaves an array of all logits, or if the memory has more kernels than it had. Needs
 jax[cuda12].
 """
@@ -99,7 +99,7 @@ def main() -> int:
     print("| program | way | kernels in the loop | largest array made there | MiB |")
     print("|---|---|---|---|---|")
     for fused in (False, True):
-        config = instructblip_vicuna_7b(dtype="bfloat16", fused_attention=fused)
+        config = instructblip_vicuna_7b(dtype="bfloat16", fused_vision=fused)
         body = _hlo.loop_body(program(config, "encode"), _hlo.FRAME_LOOPS["ViT blocks"])
         size, shape = largest(body)
         way = "fused" if fused else "plain"

@@ -139,7 +139,7 @@ class AdaCM2(nn.Module):
 
     def setup(self):
         c = self.config
-        self.vision = VisionTransformer(c.vision, c.remat, c.fused_attention)
+        self.vision = VisionTransformer(c.vision, c.remat, c.fused_vision)
         self.ln_vision = LayerNorm(c.ln_vision_eps, "vision")
         self.temporal_embed = param(
             self,

@@ -139,10 +139,15 @@ class LayerNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = param(self, "scale", ONES, (x.shape[-1],), (self.axis,))
         bias = param(self, "bias", ZEROS, (x.shape[-1],), (self.axis,))
-        full = wide(x)
-        centred = full - full.mean(-1, keepdims=True)
-        variance = jnp.square(centred).mean(-1, keepdims=True)
-        return (centred * jax.lax.rsqrt(variance + self.epsilon) * scale + bias).astype(x.dtype)
+        return layer_norm(x, scale, bias, self.epsilon)
+
+
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+    """What :class:`LayerNorm` computes, […, W] by two parameters [W]."""
+    full = wide(x)
+    centred = full - full.mean(-1, keepdims=True)
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + epsilon) * scale + bias).astype(x.dtype)
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -245,7 +250,7 @@ def fused_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.A
     Args:
       query, key, value: [B, Q, H, D], [B, K, H, D], [B, K, H, D]; D a multiple of 8, at most 128.
     """
-    if query.dtype not in (jnp.bfloat16, jnp.float16) or not _has_cuda():
+    if query.dtype not in (jnp.bfloat16, jnp.float16) or not has_cuda():
         return attention(query, key, value)
     return jax.lax.platform_dependent(query, key, value, cuda=_cudnn_attention, default=attention)
 
@@ -254,7 +259,7 @@ def _cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.
     return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
 
 
-def _has_cuda() -> bool:
+def has_cuda() -> bool:
     """Whether jax's plugin for NVIDIA GPUs is installed; without it cuDNN cannot be asked for."""
     return any(
         importlib.util.find_spec("jax_plugins") and importlib.util.find_spec(f"jax_plugins.{name}")

@@ -106,11 +106,24 @@ def unstacked(params: dict) -> dict:
     for part, name in (("vision", "blocks"), ("llm", "layers")):
         if part not in params:
             continue
-        leaves, structure = jax.tree.flatten(params[part][name])
+        leaves, structure = jax.tree.flatten(_cast_biases(params[part][name]))
         parts = [_split(leaf) for leaf in leaves]
         layers = tuple(jax.tree.unflatten(structure, own) for own in zip(*parts, strict=True))
         params = params | {part: params[part] | {name: layers}}
     return params
+
+
+def _cast_biases(layer: dict) -> dict:
+    """Biases in the type of the products that they are added to, which casts them, for every layer
+    and chunk, if nobody has."""
+    made = {name: _cast_biases(of) if isinstance(of, dict) else of for name, of in layer.items()}
+    if "bias" in made and "kernel" in made:
+        bias, dtype = made["bias"], made["kernel"].dtype
+        if isinstance(bias, jax.ShapeDtypeStruct):
+            made["bias"] = jax.ShapeDtypeStruct(bias.shape, dtype, sharding=bias.sharding)
+        else:
+            made["bias"] = bias.astype(dtype)
+    return made
 
 
 def _split(leaf: Any) -> Sequence[Any]:

@@ -7,6 +7,7 @@ Matrix products are computed in the dtype of the pixels, the residual stream in 
 under autocast, where what 39 blocks add is not rounded away in half precision.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -14,13 +15,16 @@ import jax
 import jax.numpy as jnp
 
 from adacm2_jax.config import VisionConfig
+from adacm2_jax.models.fused_norm import add_and_norm
 from adacm2_jax.models.layers import (
+    ONES,
+    ZEROS,
     Dense,
-    LayerNorm,
     Mlp,
     attention,
     embedding,
     fused_attention,
+    layer_norm,
     param,
     rematerialised,
     wide,
@@ -37,27 +41,64 @@ def normalise(images: jax.Array) -> jax.Array:
     return (pixels - jnp.asarray(PIXEL_MEAN)) / jnp.asarray(PIXEL_STD)
 
 
+class Norm(nn.Module):
+    """Adds to the residual stream and normalises it for the products that come next.
+
+    ``fused``: see ``fused_norm.add_and_norm``.
+    """
+
+    epsilon: float
+    dtype: Any
+    fused: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, added: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """float32[B, P, V] and what is added to it, if anything → the sum, and its norm."""
+        scale = param(self, "scale", ONES, (x.shape[-1],), ("vision",))
+        bias = param(self, "bias", ZEROS, (x.shape[-1],), ("vision",))
+        if self.fused and added is not None:
+            return add_and_norm(x, added, scale, bias, self.epsilon)
+        x = x if added is None else x + added
+        return x, layer_norm(x, scale, bias, self.epsilon).astype(self.dtype)
+
+
 class Block(nn.Module):
-    """A pre-norm block on float32[B, P, V], with matrix products in ``dtype``."""
+    """A pre-norm block on float32[B, P, V], with matrix products in ``dtype``.
+
+    Attributes:
+      config: of the ViT.
+      dtype: of the products.
+      fused: by cuDNN's attention; and, of a block that ``adds_later``, by fewer kernels.
+      adds_later: what the block adds at its end is returned, for the next block to add.
+    """
 
     config: VisionConfig
     dtype: Any = jnp.float32
-    fused_attention: bool = False
+    fused: bool = False
+    adds_later: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, _) -> tuple[jax.Array, None]:
+    def __call__(
+        self, x: jax.Array, added: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The stream and what the block before has left to add, if anything."""
         c = self.config
         shape = (c.width, c.num_heads, c.width // c.num_heads)
         axes = ("vision", "heads", "head_dim")
-        y = LayerNorm(c.layer_norm_eps, "vision", name="norm1")(x).astype(self.dtype)
-        query = Dense(shape, axes, name="query")(y)
-        key = Dense(shape, axes, use_bias=False, name="key")(y)
-        value = Dense(shape, axes, name="value")(y)
-        attend = fused_attention if self.fused_attention else attention
-        y = attend(query, key, value)
-        x = x + Dense(shape[1:] + shape[:1], axes[1:] + axes[:1], num_inputs=2, name="out")(y)
-        y = LayerNorm(c.layer_norm_eps, "vision", name="norm2")(x).astype(self.dtype)
-        return x + Mlp(c.width, c.mlp_width, "vision", name="mlp")(y), None
+        fewer = self.fused and self.adds_later
+        norm = functools.partial(Norm, c.layer_norm_eps, self.dtype, fewer)
+        x, y = norm(name="norm1")(x, added)
+        # Of products of the same rows XLA makes one, and for that puts their weights together, for
+        # every chunk anew, and takes its result apart; of rows that only it cannot tell apart, not.
+        rows = jax.lax.optimization_barrier((y, y, y)) if fewer else (y, y, y)
+        query = Dense(shape, axes, name="query")(rows[0])
+        key = Dense(shape, axes, use_bias=False, name="key")(rows[1])
+        value = Dense(shape, axes, name="value")(rows[2])
+        y = (fused_attention if self.fused else attention)(query, key, value)
+        y = Dense(shape[1:] + shape[:1], axes[1:] + axes[:1], num_inputs=2, name="out")(y)
+        x, y = norm(name="norm2")(x, y)
+        y = Mlp(c.width, c.mlp_width, "vision", name="mlp")(y)
+        return (x, y) if self.adds_later else (x + y, None)
 
 
 class VisionTransformer(nn.Module):
@@ -69,7 +110,7 @@ class VisionTransformer(nn.Module):
 
     config: VisionConfig
     remat: bool = True
-    fused_attention: bool = False
+    fused: bool = False
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
@@ -92,12 +133,13 @@ class VisionTransformer(nn.Module):
             ("one", "token", "vision"),
         )
         x = x + positions.astype(x.dtype)
-        settings = c, pixels.dtype, self.fused_attention
+        settings = c, pixels.dtype, self.fused
         apart: Any = self.get_variable("params", "blocks")
         if isinstance(apart, tuple):  # see params.unstacked
+            block, added = Block(*settings, adds_later=True, parent=None), None
             for own in apart:
-                x, _ = Block(*settings, parent=None).apply({"params": own}, x, None)
-            return x
+                x, added = block.apply({"params": own}, x, added)
+            return x + added
         blocks = nn.scan(
             rematerialised(Block, self.remat),
             variable_axes={"params": 0},
