@@ -275,7 +275,8 @@ class AdaCM2Config:
         language projection) and the memory; empty: ``dtype``. LAVIS and MA-LMM evaluate with
         ``float16`` and ``float32``.
       remat: compute a layer's activations again in the backward pass instead of keeping them.
-      fused_vision: the ViT's attention by cuDNN, where a GPU computes in half precision.
+      fused_vision: the ViT's attention by cuDNN, and fewer kernels beside it in a model that is
+        asked, where an NVIDIA GPU computes in half precision.
       fused_memory: a frame's step of the memory by three kernels of ours, where a GPU reads without
         a gradient and tokens are ranked by attention; see memory/fused.py.
     """
@@ -291,7 +292,7 @@ class AdaCM2Config:
     dtype: str = "float32"
     qformer_dtype: str = ""
     remat: bool = True
-    fused_vision: bool = False
+    fused_vision: bool = True
     fused_memory: bool = False
 
     def __post_init__(self):

@@ -1,11 +1,15 @@
 """What the sections of gpu.py share: rows, sizes, random parameters, and how time is taken."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
+import os
 import pathlib
+import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -34,10 +38,11 @@ class Rows:
       section: its name.
       path: a file of JSON lines, appended to.
       seconds: that the section may take.
+      only: an expression that the names of wanted rows match from their start.
     """
 
-    def __init__(self, section: str, path: pathlib.Path, seconds: float):
-        self.section, self.path = section, path
+    def __init__(self, section: str, path: pathlib.Path, seconds: float, only: str = ""):
+        self.section, self.path, self._only = section, path, re.compile(only)
         self._end = time.monotonic() + seconds
 
     def add(self, name: str, **values: Any) -> None:
@@ -54,7 +59,9 @@ class Rows:
             file.write(json.dumps(row) + "\n")
 
     def late(self, name: str) -> bool:
-        """Whether there is no time for one more; it is named then."""
+        """Whether one more is not wanted, or there is no time for it, which is said."""
+        if not self._only.match(name):
+            return True
         if time.monotonic() < self._end:
             return False
         print(f"{self.section}: {name}: not measured, the time is used", flush=True)
@@ -197,6 +204,26 @@ def batch_of(frames: Any, question: Question) -> Batch:
     return Batch(frames, valid, jnp.zeros(count, jnp.uint32), question, targets)
 
 
+_depth = 0
+
+
+@contextlib.contextmanager
+def turn() -> Iterator[None]:
+    """The card to oneself, among all that name the same file in ``GPU_BENCHMARK_LOCK``."""
+    global _depth
+    path = os.environ.get("GPU_BENCHMARK_LOCK")
+    if not path or _depth:
+        yield
+        return
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        _depth += 1
+        try:
+            yield
+        finally:
+            _depth -= 1
+
+
 def seconds_of(
     call: Callable[[], Any],
     least: float,
@@ -214,20 +241,20 @@ def seconds_of(
     Returns:
       The median, and (highest − lowest) / median of all windows.
     """
-    wait(call())
-    for _ in range(3):
-        begun = time.perf_counter()
-        wait(call())
-        if (once := time.perf_counter() - begun) > least:
-            break
-    count, found = max(1, int(least / max(once, 1e-9))), []
-    windows = 2 if once > 8 * least else windows
-    for _ in range(windows):
-        begun = time.perf_counter()
-        for _ in range(count):
-            result = call()
-        wait(result)
-        found.append((time.perf_counter() - begun) / count)
+    wait(call())  # compiles
+    with turn():
+        for _ in range(3):
+            begun = time.perf_counter()
+            wait(call())
+            if (once := time.perf_counter() - begun) > least:
+                break
+        count, found = max(1, int(least / max(once, 1e-9))), []
+        for _ in range(2 if once > 8 * least else windows):
+            begun = time.perf_counter()
+            for _ in range(count):
+                result = call()
+            wait(result)
+            found.append((time.perf_counter() - begun) / count)
     middle = statistics.median(found)
     return middle, (max(found) - min(found)) / middle
 

@@ -25,6 +25,7 @@ from benchmarks._gpu import (
     draw_params,
     pixels,
     seconds_of,
+    turn,
 )
 
 
@@ -45,11 +46,12 @@ def section_memory(rows: Rows, size: Size) -> None:
     policies += [(f"full, T {n}", MemoryConfig("full", max_frames=n)) for n in size.lengths]
     for name, memory in policies:
         if rows.late(name):
-            return
+            continue
         own = dataclasses.replace(config, memory=memory)
         lengths = [memory.max_frames] if memory.policy == "full" else size.lengths
         try:
-            _memory_of(rows, name, AdaCM2(own), params, features, lengths, size)
+            with turn():
+                _memory_of(rows, name, AdaCM2(own), params, features, lengths, size)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) and "ut of memory" not in str(error):
                 raise
@@ -90,19 +92,19 @@ def section_train(rows: Rows, size: Size) -> None:
     for batch in size.batches:
         name = f"batch {batch}, T {size.frames}"
         if rows.late(name):
-            return
+            continue
         if _step(rows, name, size, batch, size.frames, timed=True):
             break
     for frames in (16, 1000) if not size.tiny else (4, 8):
         name = f"batch {size.batches[-1]}, T {frames}"
         if rows.late(name):
-            return
+            continue
         _step(rows, name, size, size.batches[-1], frames, timed=False)
 
 
 def _step(rows: Rows, name: str, size: Size, batch: int, frames: int, *, timed: bool) -> bool:
     """One row; returns whether the step fits."""
-    config = size.config()
+    config = size.config(fused_vision=True)
     rule = OptimConfig().rule
     groups = rule.pop("groups")
     mesh = make_mesh((1, 1), jax.devices()[:1])
@@ -128,8 +130,9 @@ def _step(rows: Rows, name: str, size: Size, batch: int, frames: int, *, timed: 
         try:
             compiled = traced.lower().compile()
             analysis = compiled.memory_analysis()
-            state, metrics = compiled(state, clips)
-            loss = float(metrics["loss"])
+            with turn():
+                state, metrics = compiled(state, clips)
+                loss = float(metrics["loss"])
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) and "ut of memory" not in str(error):
                 raise

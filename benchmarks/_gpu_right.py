@@ -1,6 +1,7 @@
 """Section ``runs`` of gpu.py: is what the card computes right?"""
 
 import dataclasses
+import functools
 import os
 import pathlib
 import subprocess
@@ -27,8 +28,10 @@ from adacm2_jax.memory.slots import (
     init_memory,
     read_frames,
 )
+from adacm2_jax.models import int8_product
 from adacm2_jax.models.adacm2 import AdaCM2, StreamState, init_params, init_state
-from adacm2_jax.models.params import split_params
+from adacm2_jax.models.fused_norm import add_and_norm
+from adacm2_jax.models.params import split_params, unstacked
 from adacm2_jax.runs.experiment import OptimConfig
 from adacm2_jax.sharding import make_mesh
 from adacm2_jax.training.optim import make_optimizer
@@ -40,19 +43,48 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 def section_runs(rows: Rows, size: Size) -> None:
     """The memory against its oracle; the tiny model on the card against the CPU."""
-    begun = time.monotonic()
-    oracle = None if size.tiny else _start_oracle()  # beside the others: nothing is timed here
-    with jax.default_matmul_precision("highest"):
-        _compare(rows, "float32")
-        _compare_memory(rows, jnp.float32, 2.0**-23)
-    _compare_memory(rows, jnp.bfloat16, 2.0**-8)
-    _compare_vit(rows)
+    begun, oracle = time.monotonic(), None
+    if not size.tiny and not rows.late("oracle"):
+        oracle = _start_oracle()  # beside the others: nothing is timed here
+    if not rows.late("kernels"):
+        _compare_kernels(rows, size)
+        _compare_memory(rows, jnp.bfloat16, 2.0**-8)
+        with jax.default_matmul_precision("highest"):
+            _compare_memory(rows, jnp.float32, 2.0**-23)
+    if not rows.late("ViT in bfloat16"):
+        _compare_vit(rows)
+    if not rows.late("tiny model"):
+        with jax.default_matmul_precision("highest"):
+            _compare(rows, "float32")
     if oracle:
         said, _ = oracle.communicate()
         told = (said.strip().splitlines() or ["nothing was said"])[-1]
         print(said[-3000:] if oracle.returncode else "", end="")
         seconds = time.monotonic() - begun
         rows.add("oracle", right=oracle.returncode == 0, told=told, seconds=seconds)
+
+
+def _compare_kernels(rows: Rows, size: Size) -> None:
+    """The kernels of the models against numpy in float64."""
+    config, rng = size.config(), np.random.default_rng(0)
+    width, wide = config.vision.width, config.llm.mlp_width
+    x, added = (rng.normal(size=(257, width)).astype(np.float32) for _ in range(2))
+    added = np.asarray(added.astype(jnp.bfloat16))
+    scale, bias = (rng.normal(size=width).astype(np.float32) for _ in range(2))
+    stream, normed = jax.jit(functools.partial(add_and_norm, epsilon=1e-6))(x, added, scale, bias)
+    total = x.astype(np.float64) + added.astype(np.float64)
+    exact = (total - total.mean(1, keepdims=True)) / np.sqrt(total.var(1, keepdims=True) + 1e-6)
+    pairs = {"sum": (stream, total, 2.0**-23), "norm": (normed, exact * scale + bias, 2.0**-8)}
+    for rows_of in (1, 4):
+        row = rng.normal(size=(rows_of, config.llm.width)).astype(jnp.bfloat16)
+        matrix = rng.integers(-127, 128, (config.llm.width, wide)).astype(np.int8)
+        found = jax.jit(int8_product.product)(row, matrix)
+        wanted = row.astype(np.float64) @ matrix.astype(np.float64)
+        # Float32 sums of so many terms, from the largest of which each is at most a few times.
+        pairs[f"int8, {rows_of} rows"] = found, wanted, 2.0**-23 * config.llm.width**0.5
+    for name, (found, wanted, bound) in pairs.items():
+        off = _off(np.asarray(found, np.float64), wanted)
+        rows.add(f"kernel: {name}", right=off <= bound, off=off, bound=bound)
 
 
 def _start_oracle() -> subprocess.Popen:
@@ -216,8 +248,16 @@ def _compare_vit(rows: Rows) -> None:
     exact = _on(cpu, lambda: steps.encode(AdaCM2(config), params, frames)).astype(np.float32)
     # A block rounds about eight results that are added to one another, at random.
     bound = 2.0**-8 * (8 * config.vision.depth) ** 0.5
-    for fused in (False, True):
+    for name, fused, given in (
+        ("plain", False, params),
+        ("fused", True, params),
+        ("fused, by blocks", True, unstacked(jax.tree.map(jnp.asarray, params))),
+    ):
         half = dataclasses.replace(config, dtype="bfloat16", fused_vision=fused)
-        found = _on(jax.devices()[0], lambda half=half: steps.encode(AdaCM2(half), params, frames))
+
+        def encode(half=half, given=given):
+            return steps.encode(AdaCM2(half), given, frames)
+
+        found = _on(jax.devices()[0], encode)
         off = float(np.linalg.norm(found.astype(np.float32) - exact) / np.linalg.norm(exact))
-        rows.add(f"ViT in bfloat16, fused {fused}", right=off <= bound, off=off, bound=bound)
+        rows.add(f"ViT in bfloat16, {name}", right=off <= bound, off=off, bound=bound)

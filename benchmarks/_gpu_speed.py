@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import itertools
 import math
 import pathlib
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from adacm2_jax.config import AdaCM2Config, memory_preset
 from adacm2_jax.inference import steps
 from adacm2_jax.inference.generate import GenerationConfig
+from adacm2_jax.models import int8_product
 from adacm2_jax.models.adacm2 import AdaCM2, StreamState, init_state, repeat_rows
 from adacm2_jax.models.params import unstacked
 from benchmarks._gpu import (
@@ -55,7 +57,7 @@ def section_stream(rows: Rows, size: Size) -> None:
     alone = _vit_alone(rows, size, params)
     for case in size.streams:
         if rows.late(_name(*case)):
-            return
+            continue
         _stream(rows, size, params, *case, alone)
 
 
@@ -100,7 +102,7 @@ def _stream(
     chunk: int,
     alone: dict[bool, float],
 ) -> None:
-    fused = alone[True] > alone[False]
+    fused = alone[True] >= alone[False]
     config = size.config(memory=memory_preset(preset), fused_vision=fused)
     frames = pixels(config, videos, chunk)
     models = {
@@ -148,14 +150,59 @@ def _stream(
 DECODED = ((1, 1, "int8"), (1, 1, ""), (8, 1, ""), (1, 5, ""), (8, 5, ""), (1, 1, "stacked"))
 
 
+#: Of the kernel that multiplies by a matrix of eight bits.
+SHAPES = (
+    int8_product.Shape(),
+    int8_product.Shape(tall=64, parts=16),
+    int8_product.Shape(wide=32),
+    int8_product.Shape(wide=128, tall=32, parts=16),
+    int8_product.Shape(tall=64, parts=32),
+    int8_product.Shape(tall=64, parts=16, warps=2),
+)
+
+
+def _products(rows: Rows, size: Size) -> None:
+    """A row by matrices of eight bits one after the other, by XLA and by our kernel in several
+    shapes, of which the fastest is taken for what comes after."""
+    c = size.config().llm
+    count, best = 2 if size.tiny else 8, float("inf")
+    up, down = (
+        jax.random.randint(jax.random.key(1), (count, *shape), -127, 128, jnp.int8)
+        for shape in ((c.width, c.mlp_width), (c.mlp_width, c.width))
+    )
+    up, down = [*up], [*down]
+    row = jax.random.normal(jax.random.key(0), (1, c.width)).astype(jnp.bfloat16)
+
+    def chain(multiply, row, up, down):
+        for one, other in zip(up, down, strict=True):
+            row = (multiply(row, one) * 1e-4).astype(row.dtype)
+            row = (multiply(row, other) * 1e-4).astype(row.dtype)
+        return row
+
+    ways = {"XLA": int8_product.plain}
+    if jax.default_backend() == "gpu":
+        ways |= {repr(s): functools.partial(int8_product.by_kernel, shape=s) for s in SHAPES}
+    for name, multiply in ways.items():
+        if rows.late(name := f"eight bits by {name}"):
+            continue
+        run = jax.jit(functools.partial(chain, multiply))
+        seconds, spread = seconds_of(lambda run=run: run(row, up, down), size.least / 4, 3)
+        read = 2 * count * c.width * c.mlp_width / seconds
+        share = rows.share(read, "copy", "bytes_a_second")
+        rows.add(name, us_a_matrix=seconds / 2 / count * 1e6, share=share, spread=spread)
+        if "Shape" in name and seconds < best:
+            best, int8_product.SHAPE = seconds, multiply.keywords["shape"]
+
+
 def section_decode(rows: Rows, size: Size) -> None:
     """The first token and those after it, by rows and beams; in eight bits and with stacked layers,
     too."""
+    _products(rows, size)
     made: tuple[str, dict] = ("", {})
     for batch, beams, kind in DECODED:
         name = f"{batch} rows, {beams} beams" + (f", {kind}" if kind else "")
         if rows.late(name):
-            return
+            continue
         config = size.config()
         quantize = "int8" if kind == "int8" else ""
         config = dataclasses.replace(config, llm=dataclasses.replace(config.llm, quantize=quantize))
@@ -203,6 +250,7 @@ def _decode(
         # Reading every weight once is the least that a step can do.
         share=rows.share((weights - table) / step, "copy", "bytes_a_second"),
         weights_bytes=weights,
+        shape=repr(int8_product.SHAPE) if config.llm.quantize else None,
         spread=spread,
         measured_in=time.perf_counter() - begun,
     )
@@ -216,7 +264,7 @@ def section_trace(rows: Rows, size: Size) -> None:
     for videos, fused in ((1, True), (8, True), (1, False)):
         name = f"{videos} videos, fused {fused}"
         if rows.late(name):
-            return
+            continue
         config = size.config(fused_vision=fused, fused_memory=fused)
         params = unstacked(draw_params(config, READING))
         model, frames = AdaCM2(config), pixels(config, videos, size.chunk)

@@ -124,17 +124,17 @@ def _frames(rows: Rows, size: Size, config: AdaCM2Config, about: dict) -> None:
     banked = qformer(dataclasses.replace(config, memory=banks), size.words)
     for index in range(BANK_FRAMES + 2):
         banked(_features(config, 1)[0], index)
-    many = 8 * size.chunk
-    _vit(rows, size, config, "eager", vit, size.chunk, about)
-    _vit(rows, size, config, "eager", vit, many, about)
-    _together(rows, size, config, "eq8", "eager", vit, reader, about)
+    ways = {"eager": (vit, reader)}
+    if not size.tiny:
+        ways["compiled"] = torch.compile(vit, dynamic=False), torch.compile(reader, dynamic=False)
+        ways["compiled"][0](_images(config, size.chunk))
+        ways["compiled"][1](_features(config, 1)[0], 200)
+    for way, (encode, read) in ways.items():
+        _vit(rows, size, config, way, encode, size.chunk, about)
+        _together(rows, size, config, "eq8", way, encode, read, about)
     _together(rows, size, config, f"MA-LMM's banks of {BANK_FRAMES}", "eager", vit, banked, about)
-    if size.tiny:
-        return
-    vit, reader = torch.compile(vit, dynamic=False), torch.compile(reader, dynamic=False)
-    _vit(rows, size, config, "compiled", vit, size.chunk, about)
-    _together(rows, size, config, "eq8", "compiled", vit, reader, about)
-    _vit(rows, size, config, "compiled", vit, many, about)
+    for way, (encode, _) in ways.items():
+        _vit(rows, size, config, way, encode, 8 * size.chunk, about)
 
 
 def _images(config: AdaCM2Config, count: int) -> torch.Tensor:
@@ -190,7 +190,7 @@ def _tokens(rows: Rows, size: Size, config: AdaCM2Config, about: dict) -> None:
     for batch, beams, cache in ((1, 1, None), (1, 5, None), (8, 1, None), (1, 1, "static")):
         name = f"{batch} rows, {beams} beams, {'compiled' if cache else 'eager'}"
         if rows.late(name):
-            return
+            continue
         if cache and size.tiny:
             continue
         prompt = torch.randn(batch, places, config.llm.width, device=DEVICE, dtype=DTYPE)

@@ -1,6 +1,6 @@
 """What one GPU does with the full-size model: is it right, how fast, how far from its limits?
 
-    python benchmarks/gpu.py [--sections runs,ceilings,stream,…] [--seconds 450] [--output DIR]
+    python benchmarks/gpu.py [--sections runs,…] [--only ROWS] [--seconds 450] [--output DIR]
 
 Needs jax, flax, optax and this repository, and no weights: they are drawn on the card. Every
 section is a process of its own and measures what is most wanted first, until its share of the
@@ -18,6 +18,9 @@ train     seconds of a training step of configs/lvu.py; its memory by length of 
 torch     the same by PyTorch on the same card
 trace     kernels of ten chunks by time
 ========  ==========================================================================================
+
+``--only`` takes an expression over the names of rows. Several of these may run at once into one
+folder: where ``GPU_BENCHMARK_LOCK`` names a file they compile side by side and measure in turn.
 
 ``--size tiny`` does all of it with the tiny model, also without a GPU: for tests.
 """
@@ -72,10 +75,11 @@ def environment(output: pathlib.Path) -> dict[str, str]:
     }
 
 
-def run_section(name: str, seconds: float, size: str, output: pathlib.Path) -> int:
+def run_section(name: str, seconds: float, size: str, output: pathlib.Path, only: str) -> int:
     """Runs a section to its end; a little after its time it is killed."""
     command = [sys.executable, str(pathlib.Path(__file__).resolve()), "--inside", "--size", size]
     command += ["--sections", name, "--seconds", f"{seconds:.0f}", "--output", str(output)]
+    command += ["--only", only]
     try:
         return subprocess.run(
             command, env=environment(output), cwd=ROOT, timeout=seconds + 60
@@ -84,11 +88,11 @@ def run_section(name: str, seconds: float, size: str, output: pathlib.Path) -> i
         return -1
 
 
-def inside(name: str, seconds: float, size: str, output: pathlib.Path) -> int:
+def inside(name: str, seconds: float, size: str, output: pathlib.Path, only: str) -> int:
     """A section, in this process."""
     module = importlib.import_module(f"benchmarks.{MODULES[name]}")
     shared = importlib.import_module("benchmarks._gpu")
-    rows = shared.Rows(name, output / "rows.jsonl", seconds)
+    rows = shared.Rows(name, output / "rows.jsonl", seconds, only)
     getattr(module, f"section_{name}")(rows, shared.Size.named(size))
     return 0
 
@@ -105,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--sections", default=",".join(SHARES), help="some, with commas between")
     parser.add_argument("--seconds", type=float, default=450, help="for all together")
+    parser.add_argument("--only", default="", help="of rows whose names match this from the start")
     parser.add_argument("--size", choices=("full", "tiny"), default="full")
     parser.add_argument("--output", type=pathlib.Path, default=ROOT / "runs" / "gpu")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
@@ -117,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = options.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     if options.inside:
-        return inside(names[0], options.seconds, options.size, output)
+        return inside(names[0], options.seconds, options.size, output, options.only)
     begun, failed = time.monotonic(), []
     for name in sorted(names, key=list(SHARES).index):
         left = options.seconds - (time.monotonic() - begun)
@@ -127,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         share = 1.0 if len(names) == 1 else SHARES[name]
         print(f"== {name}, {left * share:.0f} of {left:.0f} s", flush=True)
-        if status := run_section(name, left * share, options.size, output):
+        if status := run_section(name, left * share, options.size, output, options.only):
             print(f"{name}: ended with {status}", flush=True)
             failed.append(name)
     wrong = [row for row in read_rows(output) if row.get("right") is False]

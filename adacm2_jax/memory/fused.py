@@ -36,6 +36,8 @@ _TILE = 64
 _FEWEST_ROWS = 16
 #: Programs that keep a card busy: it has 132 multiprocessors.
 _PROGRAMS = 128
+#: Frames that follow one another in the program: the host starts a loop's kernels one by one.
+_UNROLLED = 16
 #: A slot that there is none of: where a mask lets nothing be written, and the interpreter, which
 #: writes there what was there, must not meet another value.
 _NOWHERE = 1 << 24
@@ -97,7 +99,9 @@ def by_kernels(
         )
         return _call_retain(at, memory, retention, frames, sums, interpret), parts
 
-    memory, parts = jax.lax.fori_loop(0, number, step, (memory, parts))
+    memory, parts = jax.lax.fori_loop(
+        0, number, step, (memory, parts), unroll=min(number, _UNROLLED)
+    )
     return parts.sum(3).astype(memory.value.dtype), memory
 
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from adacm2_jax.models.layers import has_cuda, layer_norm
+from adacm2_jax.models.cuda import has_cuda
+from adacm2_jax.models.layers import layer_norm
 
 
 def add_and_norm(
@@ -30,14 +31,17 @@ def add_and_norm(
     Returns:
       x + added, float32, and its layer norm in the type of ``added``.
     """
-    plain = functools.partial(_plain, epsilon=epsilon)
+    plainly = functools.partial(plain, epsilon=epsilon)
     if not has_cuda():
-        return plain(x, added, scale, bias)
+        return plainly(x, added, scale, bias)
     kernel = functools.partial(by_kernel, epsilon=epsilon)
-    return jax.lax.platform_dependent(x, added, scale, bias, cuda=kernel, default=plain)
+    return jax.lax.platform_dependent(x, added, scale, bias, cuda=kernel, default=plainly)
 
 
-def _plain(x, added, scale, bias, epsilon: float) -> tuple[jax.Array, jax.Array]:
+def plain(
+    x: jax.Array, added: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+) -> tuple[jax.Array, jax.Array]:
+    """The same by XLA."""
     x = x + added
     return x, layer_norm(x, scale, bias, epsilon).astype(added.dtype)
 

@@ -1,7 +1,6 @@
 """The few building blocks that the networks share, with PyTorch's numerics where they differ."""
 
 import functools
-import importlib.util
 import math
 from collections.abc import Callable
 
@@ -10,6 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from adacm2_jax.config import QUANTIZED
+from adacm2_jax.models import int8_product
+from adacm2_jax.models.cuda import has_cuda
 
 Init = Callable[..., jax.Array]
 ZEROS, ONES = nn.initializers.zeros, nn.initializers.ones
@@ -96,17 +97,16 @@ class Dense(nn.Module):
     def _quantized(self, x: jax.Array) -> jax.Array:
         """The same without a bias, by a kernel of eight bits whose outputs are scaled.
 
-        Scaled is what comes out, not the kernel: then XLA widens the kernel within the product, and
-        a GPU reads eight bits of it. Half precision holds its values exactly, and the sum is
-        rounded once.
+        Scaled is what comes out, not the kernel: so it is widened within the product, and a GPU
+        reads eight bits of it. The sum is rounded once.
         """
         count, dtype = self.num_inputs, QUANTIZED[self.quantize]
-        kernel = param(self, "kernel", ZEROS, self.shape, self.axes, dtype).astype(x.dtype)
+        kernel = param(self, "kernel", ZEROS, self.shape, self.axes, dtype)
         shape, axes = (1,) * count + self.shape[count:], ("one",) * count + self.axes[count:]
         scale = param(self, "scale", ONES, shape, axes).reshape(self.shape[count:])
-        precision = jnp.promote_types(x.dtype, jnp.float32)
-        y = jnp.tensordot(x, kernel, count, preferred_element_type=precision)
-        return (y * scale).astype(x.dtype)
+        depth, rows = math.prod(self.shape[:count]), x.shape[: x.ndim - count]
+        y = int8_product.product(x.reshape(*rows, depth), kernel.reshape(depth, -1))
+        return (y.reshape(*rows, *self.shape[count:]) * scale).astype(x.dtype)
 
 
 @jax.custom_vjp
@@ -257,11 +257,3 @@ def fused_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.A
 
 def _cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
-
-
-def has_cuda() -> bool:
-    """Whether jax's plugin for NVIDIA GPUs is installed; without it cuDNN cannot be asked for."""
-    return any(
-        importlib.util.find_spec("jax_plugins") and importlib.util.find_spec(f"jax_plugins.{name}")
-        for name in ("xla_cuda12", "xla_cuda13")
-    )

@@ -394,6 +394,7 @@ class QFormer(nn.Module):
             in_axes=(nn.broadcast, nn.broadcast, 0),
             length=c.num_cross_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
+            unroll=c.num_cross_layers if self.fused_memory else 1,
         )
         settings = c, self.memory_config.score_rows, deterministic, self.fused_memory
         x, memory = groups(*settings, name="groups")(

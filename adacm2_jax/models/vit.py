@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from adacm2_jax.config import VisionConfig
+from adacm2_jax.models.cuda import has_cuda
 from adacm2_jax.models.fused_norm import add_and_norm
 from adacm2_jax.models.layers import (
     ONES,
@@ -68,7 +69,8 @@ class Block(nn.Module):
     Attributes:
       config: of the ViT.
       dtype: of the products.
-      fused: by cuDNN's attention; and, of a block that ``adds_later``, by fewer kernels.
+      fused: for an NVIDIA GPU, by cuDNN's attention; of a block that ``adds_later``, by fewer
+        kernels, too.
       adds_later: what the block adds at its end is returned, for the next block to add.
     """
 
@@ -78,14 +80,12 @@ class Block(nn.Module):
     adds_later: bool = False
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, added: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array | None]:
+    def __call__(self, x: jax.Array, added: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
         """The stream and what the block before has left to add, if anything."""
         c = self.config
         shape = (c.width, c.num_heads, c.width // c.num_heads)
         axes = ("vision", "heads", "head_dim")
-        fewer = self.fused and self.adds_later
+        fewer = self.fused and self.adds_later and has_cuda()
         norm = functools.partial(Norm, c.layer_norm_eps, self.dtype, fewer)
         x, y = norm(name="norm1")(x, added)
         # Of products of the same rows XLA makes one, and for that puts their weights together, for
