@@ -31,11 +31,11 @@ from benchmarks import _hlo
 CHUNK, WORDS = 16, 32
 #: Kernels a frame and layer of the memory, by preset and whether they are ours: what is there now,
 #: so that it does not grow.
-MOST_KERNELS = {("eq8", False): 28, ("eq6", False): 28, ("eq8", True): 4, ("eq6", True): 4}
+MOST_KERNELS = {("eq8", False): 28, ("eq6", False): 28, ("eq8", True): 3, ("eq6", True): 3}
 _GROUPS = (("temporal_embed", 1.0), (".*", None))
 
 
-def program(config: AdaCM2Config, step: str, apart: bool = False) -> str:
+def program(config: AdaCM2Config, step: str, apart: bool = False, chunk: int = CHUNK) -> str:
     """The text of ``encode`` or ``read``, optimised for one H100; ``apart``: for layers with
     parameters of their own, as a model that is asked has them."""
     (device,) = topology_devices(parse_topology("h100"))
@@ -49,7 +49,7 @@ def program(config: AdaCM2Config, step: str, apart: bool = False) -> str:
     params = unstacked(params) if apart else params
     side = config.vision.image_size
     if step == "encode":
-        arguments = params, shape(jnp.uint8, 1, CHUNK, side, side, 3)
+        arguments = params, shape(jnp.uint8, 1, chunk, side, side, 3)
         function = encode
     else:
         ids, mask = shape(jnp.int32, 1, WORDS), shape(bool, 1, WORDS)
@@ -58,8 +58,8 @@ def program(config: AdaCM2Config, step: str, apart: bool = False) -> str:
             jax.eval_shape(lambda: init_state(config, jnp.zeros(1, jnp.int32))),
         )
         tokens = config.vision.tokens_per_frame, config.vision.width
-        features = shape(config.feature_dtype, 1, CHUNK, *tokens)
-        valid, question = shape(bool, 1, CHUNK), Question(ids, mask, ids, mask)
+        features = shape(config.feature_dtype, 1, chunk, *tokens)
+        valid, question = shape(bool, 1, chunk), Question(ids, mask, ids, mask)
         arguments = params, features, valid, question, state
         function = read
     with jax.set_mesh(mesh):
@@ -118,10 +118,20 @@ def main() -> int:
         config = instructblip_vicuna_7b(
             dtype="bfloat16", memory=memory_preset(preset), fused_memory=ours
         )
-        body = _hlo.loop_body(program(config, "read"), _hlo.FRAME_LOOPS["frames"])
-        count, (size, shape) = len(_hlo.kernels(body)), largest(body)
+        if ours:  # no loop: what a frame more adds to the program
+            lines, fewer = (
+                _hlo.entry(program(config, "read", chunk=n)) for n in (CHUNK, CHUNK // 2)
+            )
+            more = len(_hlo.kernels(lines)) - len(_hlo.kernels(fewer))
+            count = more / (CHUNK - CHUNK // 2) / config.qformer.num_cross_layers
+        else:
+            lines = _hlo.loop_body(program(config, "read"), _hlo.FRAME_LOOPS["frames"])
+            count = len(_hlo.kernels(lines))
+        size, shape = largest(lines)
         way = "fused" if ours else "plain"
-        print(f"| memory, {preset} | {way} | {count} | {shape} | {size / 2**20:.1f} |", flush=True)
+        print(
+            f"| memory, {preset} | {way} | {count:g} | {shape} | {size / 2**20:.1f} |", flush=True
+        )
         if count > most:
             failures.append(f"memory, {preset}: {count} kernels a frame and layer, at most {most}")
     for failure in failures:
