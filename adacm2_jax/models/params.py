@@ -116,7 +116,9 @@ def unstacked(params: dict) -> dict:
 def _cast_biases(layer: dict) -> dict:
     """Biases in the type of the products that they are added to, which casts them, for every layer
     and chunk, if nobody has."""
-    made = {name: _cast_biases(of) if isinstance(of, dict) else of for name, of in layer.items()}
+    made: dict[str, Any] = {
+        name: _cast_biases(of) if isinstance(of, dict) else of for name, of in layer.items()
+    }
     if "bias" in made and "kernel" in made:
         bias, dtype = made["bias"], made["kernel"].dtype
         if isinstance(bias, jax.ShapeDtypeStruct):
