@@ -14,6 +14,7 @@ if __name__ == "__main__":  # Ctrl-C ends the imports, too, which take seconds
 
     interrupt.end_at_once()
 
+import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
+from adacm2_jax.commands import select
 from adacm2_jax.commands.ask import print_replies, write_replies
 from adacm2_jax.commands.evaluate import check_questions, evaluate, task_of
 from adacm2_jax.distributed import is_main, main_first
@@ -78,6 +80,7 @@ def main() -> int:
         return ask(config, weights, processor, output)
 
     config.memories()
+    select.check(config, weights)
     source = main_first(lambda: open_source(config.data, config.eval.split))
     task = task_of(config)
     check_questions(config, processor, source, task)
@@ -85,11 +88,27 @@ def main() -> int:
     if is_main():
         check_writable(output, f"--output={output}")
     with locked_output(output):
+        config, notes = with_step(config, weights, processor, output)
         answerer = make_answerer(config, load_params(config, weights), processor)
-        results = evaluate(config, answerer, source, output, task)
+        results = evaluate(config, answerer, source, output, task, notes)
     if is_main():
         print(table(results))
     return 1 if results["failed"] else 0
+
+
+def with_step(config, weights: str, processor: Processor, output: str) -> tuple:
+    """The experiment with the step of ``eval.select``, if that is set, and what to note of it."""
+    settings = config.eval
+    if not settings.select:
+        return config, {"step": settings.step} if settings.step else {}
+
+    def answerer(config):
+        return make_answerer(config, load_params(config, weights), processor)
+
+    source = main_first(lambda: open_source(config.data, settings.select))
+    step = select.choose_step(config, weights, answerer, source, output, task_of(config))
+    settings = dataclasses.replace(settings, step=step)
+    return dataclasses.replace(config, eval=settings), {"step": step, "chosen_on": settings.select}
 
 
 def ask(config, weights: str, processor: Processor, output: str) -> int:

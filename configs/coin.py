@@ -18,8 +18,8 @@ the learning rate follows one cosine after a warm-up of an epoch. What the paper
 MA-LMM's here, or the default of adacm2_jax/runs/experiment.py.
 
 There the best epoch is chosen on the very split that is reported; here the last step is
-evaluated. To do as there, keep every epoch (`--config.checkpoint.keep_every=STEPS`) and report
-the best of `eval.py` over them, and say so.
+evaluated. To do as there, keep every epoch (`--config.checkpoint.keep_every=STEPS`) and let
+`eval.py --config.eval.select=test` choose among them, and say so.
 """
 
 import ml_collections

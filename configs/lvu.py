@@ -31,7 +31,8 @@ Not as there:
 * Matrix products are in bfloat16, learned weights in float32; there PyTorch mixes precisions by
   itself. Gradients are clipped to a norm of 1, which is this file's choice.
 * The last step is evaluated; there the best epoch on the validation split is. To do as there, keep
-  every epoch (`--config.checkpoint.keep_every=STEPS`), choose by `eval.py --config.eval.split=val`.
+  every epoch (`--config.checkpoint.keep_every=STEPS`) and evaluate with
+  `--config.eval.select=val`.
 """
 
 import ml_collections

@@ -19,8 +19,8 @@ the learning rate follows one cosine after a warm-up of an epoch. What the paper
 MA-LMM's here, or the default of adacm2_jax/runs/experiment.py.
 
 The last step is evaluated on the test split. To choose an epoch, keep each
-(`--config.checkpoint.keep_every=STEPS`) and compare them by `eval.py --config.eval.split=val`,
-then evaluate the chosen one on the test split once.
+(`--config.checkpoint.keep_every=STEPS`) and let `eval.py --config.eval.select=val` choose among
+them, which evaluates the chosen one on the test split.
 """
 
 import ml_collections

@@ -5,7 +5,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adacm2_jax.distributed import is_main
@@ -35,6 +35,7 @@ def evaluate(
     source: Sequence[Any],
     output: str | os.PathLike,
     task: Task | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> dict:
     """Answers a split under every policy and writes ``predictions.jsonl`` and ``metrics.json``.
 
@@ -49,6 +50,7 @@ def evaluate(
       source: of the examples.
       output: a directory, which the caller holds (``runs.lock``) against others that write there.
       task: the benchmark that they are of: its metrics are computed, too.
+      notes: for ``metrics.json``.
 
     Returns:
       What ``metrics.json`` holds: ``policies`` (see ``summarise``), ``seconds``, ``failed``, the
@@ -114,6 +116,7 @@ def evaluate(
         "policies": inference.summarise(partial.lines, answerer.models),
         "seconds": time.perf_counter() - begun,
         "failed": failed,
+        **(notes or {}),
     }
     if is_main() and task:
         _score(results, task, metrics, partial.lines)

@@ -124,6 +124,7 @@ def run_local(job: Job, manifest: dict, workers: int) -> dict:
 def run_beam(job: Job, manifest: dict, runner: str, options: Sequence[str]) -> dict:
     """The same by an Apache Beam pipeline, which decides who computes which shard."""
     try:
+        from adacm2_jax import beam_runner
         from adacm2_jax.commands import prepare_beam
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "apache_beam":
@@ -131,7 +132,7 @@ def run_beam(job: Job, manifest: dict, runner: str, options: Sequence[str]) -> d
         raise UserError(
             f"--runner={runner} needs Apache Beam: pip install apache-beam, see docs/features.md"
         ) from None
-    beam_options = prepare_beam.options_of(runner, options)
+    beam_options = beam_runner.options_of(runner, options)
     config = job.experiment()
     mesh = make_mesh((-1, 1), jax.local_devices())
     weights = describe_vision(config.model, load_vision(config, mesh))["weights"]

@@ -146,7 +146,10 @@ class EvalConfig:
       workers: decoding threads.
       policies: memory policies; all read the same frames.
       full_frames: longest video for policy ``full``; 0: the number of ``data.sampling``.
-      split: ``train`` or ``test``.
+      split: ``train``, ``test``, or another that the data have.
+      step: of a run's checkpoints, which answers; 0: the newest.
+      select: the split on which a run's checkpoint is chosen that answers; empty: none is chosen.
+        ``eval.py`` alone does; see commands/select.py.
     """
 
     every: int = 0
@@ -157,9 +160,11 @@ class EvalConfig:
     policies: tuple = ("adacm2",)
     full_frames: int = 0
     split: str = "test"
+    step: int = 0
+    select: str = ""
 
     def __post_init__(self):
-        check_numbers("eval", self, WORKERS, every=0, limit=0, full_frames=0)
+        check_numbers("eval", self, WORKERS, every=0, limit=0, full_frames=0, step=0)
         if not self.policies:
             raise UserError("eval.policies is empty; name at least one, such as ('adacm2',)")
 

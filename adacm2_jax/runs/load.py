@@ -266,7 +266,8 @@ def load_params(experiment: Experiment, directory: str | os.PathLike) -> dict:
     abstract = abstract_params(experiment.model, experiment.optim.groups, mesh)
     source = _start_of(experiment, directory)
     if source is None:
-        found = restore_params(directory, abstract, base=experiment.init_from)
+        step = experiment.eval.step or None
+        found = restore_params(directory, abstract, step, base=experiment.init_from)
         return unstacked(join_params(found, {}))
     return unstacked(
         start_params(source, experiment.model, abstract, experiment.init_missing, experiment.seed)

@@ -19,6 +19,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import hashlib
+import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -77,6 +78,8 @@ def build(
     splits: Sequence[str] = (),
     workers: int = 0,
     shard: int = SHARD,
+    runner: str = "local",
+    beam: Sequence[str] = (),
 ) -> Path:
     """Builds splits of a task; what is there already stays.
 
@@ -87,6 +90,8 @@ def build(
       splits: by default all of the task.
       workers: processes; 0 for one a core.
       shard: videos of a shard.
+      runner: ``local``, or a runner of Apache Beam, for sets that are too large for one machine.
+      beam: options of Beam, such as ``project=…``.
 
     Returns:
       The directory of the data set, for ``data.task.built``.
@@ -107,7 +112,7 @@ def build(
         missing, jobs = _jobs(root, name, split, asked, files, shard)
         if not jobs:
             raise DataError(f"task {name}, split {split}: no video of it is in {printable(videos)}")
-        results = _write_all(jobs, workers, f"{name}, {split}")
+        results = _write_all(jobs, workers, f"{name}, {split}", runner, beam)
         found = [line for result in results for line in result]
         report[split] = {
             "videos": len({item.video for item in asked}),
@@ -154,10 +159,16 @@ def _jobs(
     return missing, jobs
 
 
-def _write_all(jobs: list[Job], workers: int, what: str) -> list[list[dict]]:
+def _write_all(
+    jobs: list[Job], workers: int, what: str, runner: str, beam: Sequence[str]
+) -> list[list[dict]]:
     """Writes the shards that are not there; what is known of the videos of each."""
     left = [job for job in jobs if _result(job) is None]
-    if left:
+    if left and runner != "local":
+        from data.benchmark import beam as pipeline
+
+        pipeline.write(left, runner, beam)
+    elif left:
         context = multiprocessing.get_context("spawn")  # a fork may inherit locked locks
         workers = min(workers or os.cpu_count() or 1, len(left))
         with (
@@ -320,6 +331,18 @@ def told(root: Path) -> list[str]:
     return [*lines, f"all of it: {root / 'report.json'}", f"--config.data.task.built={root}"]
 
 
+def _check_runner(runner: str, options: Sequence[str]) -> None:
+    """Before anything is read.
+
+    Raises:
+      UserError: if options are given to no runner, or Beam is not installed.
+    """
+    if runner == "local" and options:
+        raise UserError(f"--beam={options[0]} is for a runner of Beam; name one by --runner")
+    if runner != "local" and importlib.util.find_spec("apache_beam") is None:
+        raise UserError(f"--runner={runner} needs Apache Beam: pip install apache-beam")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m data.benchmark.build",
@@ -332,10 +355,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data-dir", required=True, metavar="DIR", help="for data sets")
     parser.add_argument("--split", action="append", default=[], help="by default all")
     parser.add_argument("--workers", type=int, default=0, help="processes (default: one a core)")
+    parser.add_argument(
+        "--runner",
+        default="local",
+        help="or direct, dataflow, flink: Apache Beam's (default: local)",
+    )
+    parser.add_argument(
+        "--beam", action="append", default=[], metavar="NAME=VALUE", help="an option of Beam"
+    )
     args = parser.parse_args(argv)
     try:
+        _check_runner(args.runner, args.beam)
         root = build(
-            args.task, args.annotations, args.videos, args.data_dir, args.split, args.workers
+            args.task,
+            args.annotations,
+            args.videos,
+            args.data_dir,
+            args.split,
+            args.workers,
+            runner=args.runner,
+            beam=args.beam,
         )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -2,4 +2,5 @@
 
 import importlib.util
 
-collect_ignore = [] if importlib.util.find_spec("apache_beam") else ["test_prepare_beam.py"]
+HAS_BEAM = importlib.util.find_spec("apache_beam") is not None
+collect_ignore = [] if HAS_BEAM else ["test_prepare_beam.py", "test_build_beam.py"]

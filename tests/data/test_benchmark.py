@@ -182,3 +182,20 @@ def test_killed_builds_end_with_the_same_bytes(lvu, built, tmp_path):
     assert names == sorted(path.name for path in killed.iterdir() if not path.name.startswith("."))
     for name in names:
         assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--beam=project=mine"], "--beam=project=mine is for a runner of Beam"),
+        (["--runner=dataflow"], "--runner=dataflow needs Apache Beam: pip install apache-beam"),
+    ],
+)
+def test_what_beam_needs_is_said_before_anything_is_read(
+    tmp_path, capsys, monkeypatch, options, said
+):
+    monkeypatch.setattr(builder.importlib.util, "find_spec", lambda name: None)
+    nowhere = tmp_path / "nowhere"
+    command = ["lvu_scene", f"--annotations={nowhere}", f"--videos={nowhere}"]
+    assert builder.main([*command, f"--data-dir={tmp_path}", *options]) == 2
+    assert said in capsys.readouterr().err
