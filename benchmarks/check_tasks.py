@@ -97,6 +97,7 @@ def check_commands(root: Path) -> bool:
     commands = [
         ["-m", "data.benchmark.build", "lvu_scene", *where, "--data-dir", root / "again"],
         ["eval.py", "--workdir", run, "--config.eval.policies=('adacm2','recent','random')"],
+        ["eval.py", "--workdir", run, "--output", root / "chosen", "--config.eval.select=val"],
         ["-m", "adacm2_jax.commands", "score", predictions, "--task", "lvu_scene"],
         ["-m", "adacm2_jax.commands", "questions", "lvu_scene", *where, "--output", root / "lines"],
     ]
