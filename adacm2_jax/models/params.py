@@ -92,6 +92,18 @@ def join_params(learned: dict, frozen: dict) -> dict:
     return traverse_util.unflatten_dict({**learned, **frozen}, sep="/")
 
 
+#: Whose parameters are stacked over layers, and taken apart for answering.
+STACKS = (("vision", "blocks"), ("llm", "layers"))
+
+
+class Layers(list):
+    """The arrays of a parameter, one a layer; a leaf of a tree."""
+
+    @property
+    def dtype(self) -> Any:
+        return self[0].dtype
+
+
 def unstacked(params: dict) -> dict:
     """The parameters as answering is fastest: each layer with its own.
 
@@ -101,13 +113,14 @@ def unstacked(params: dict) -> dict:
 
     Args:
       params: of a model or of some of its parts, or their shapes. Its stacked arrays are used up,
-        one after the other, so that no more than one of them is held twice.
+        one after the other, so that no more than one of them is held twice; what is :class:`Layers`
+        stays.
     """
-    for part, name in (("vision", "blocks"), ("llm", "layers")):
+    for part, name in STACKS:
         if part not in params:
             continue
         leaves, structure = jax.tree.flatten(_cast_biases(params[part][name]))
-        parts = [_split(leaf) for leaf in leaves]
+        parts = [split(leaf) for leaf in leaves]
         layers = tuple(jax.tree.unflatten(structure, own) for own in zip(*parts, strict=True))
         params = params | {part: params[part] | {name: layers}}
     return params
@@ -121,15 +134,19 @@ def _cast_biases(layer: dict) -> dict:
     }
     if "bias" in made and "kernel" in made:
         bias, dtype = made["bias"], made["kernel"].dtype
-        if isinstance(bias, jax.ShapeDtypeStruct):
+        if isinstance(bias, Layers):
+            made["bias"] = Layers(one.astype(dtype) for one in bias)
+        elif isinstance(bias, jax.ShapeDtypeStruct):
             made["bias"] = jax.ShapeDtypeStruct(bias.shape, dtype, sharding=bias.sharding)
         else:
             made["bias"] = bias.astype(dtype)
     return made
 
 
-def _split(leaf: Any) -> Sequence[Any]:
+def split(leaf: Any) -> Sequence[Any]:
     """[layers, …] → so many arrays […], each where its part of the leaf was; the leaf is freed."""
+    if isinstance(leaf, Layers):
+        return leaf
     place = leaf.sharding
     if isinstance(place, NamedSharding):
         place = NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))

@@ -22,6 +22,7 @@ from etils import epath
 
 from adacm2_jax.config import AdaCM2Config, from_dict
 from adacm2_jax.errors import UserError, reason
+from adacm2_jax.runs.stored import open_array
 from adacm2_jax.runs.workdir import param_trees, read_config
 
 
@@ -144,7 +145,7 @@ class OurParams:
             try:
                 with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
                     paths = handler.metadata(tree).tree
-                self._arrays |= {path: _open(tree, path) for path in paths}
+                self._arrays |= {path: open_array(tree, path) for path in paths}
             except Exception as error:
                 raise UserError(
                     f"checkpoint {tree} is damaged or half-written "
@@ -157,22 +158,3 @@ class OurParams:
         """A parameter, or one layer of it."""
         array = self._arrays[path]
         return (array if layer is None else array[layer]).read().result()
-
-
-def _open(directory: epath.Path, path: str) -> ts.TensorStore:
-    """One array. What is stored in a single chunk stays in a cache while its layers are read."""
-    place = os.fspath(directory).rstrip("/")
-    base: dict = {"driver": "file", "path": place}
-    if "://" in place:
-        base = ts.KvStore.Spec(place).to_json()
-    if (directory / "manifest.ocdbt").exists():
-        store: dict = {"driver": "ocdbt", "base": base, "path": f"{path}/"}
-    else:
-        store = base | {"path": f"{base['path'].rstrip('/')}/{path}/"}
-    spec = {"driver": "zarr", "kvstore": store}
-    array = ts.open(spec, open=True, read=True).result()
-    chunk = array.chunk_layout.read_chunk.shape
-    if chunk and chunk[0] == 1:
-        return array
-    cache = ts.Context({"cache_pool": {"total_bytes_limit": 4 << 30}})
-    return ts.open(spec, open=True, read=True, context=cache).result()

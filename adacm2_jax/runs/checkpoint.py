@@ -15,8 +15,16 @@ from flax import traverse_util
 
 from adacm2_jax.distributed import is_main, wait_for_all
 from adacm2_jax.errors import UserError
-from adacm2_jax.models.quantized import kind_of, quantize_stack, require_qwix, scale_path
+from adacm2_jax.models.params import STACKS, Layers, split
+from adacm2_jax.models.quantized import (
+    kind_of,
+    quantize,
+    quantize_stack,
+    require_qwix,
+    scale_path,
+)
 from adacm2_jax.runs.damage import reading
+from adacm2_jax.runs.stored import open_array
 from adacm2_jax.runs.workdir import LINK, PARAMS_DIR, absolute, is_base, param_trees, write_link
 from adacm2_jax.training.step import TrainState
 
@@ -223,7 +231,8 @@ def restore_params(
     missing: Sequence[str] = (),
     base: str = "",
     paths: Collection[str] | None = None,
-) -> dict[str, jax.Array]:
+    apart: bool = False,
+) -> dict[str, Any]:
     """The parameters that :func:`find_params` finds, by path: on any mesh, on one device.
 
     Large parameters are read one after the other, and quantised as they are read.
@@ -231,12 +240,15 @@ def restore_params(
     Args:
       directory, abstract, step, missing, base: of :func:`find_params`.
       paths: those to read; by default all.
+      apart: what is stacked over layers is read layer by layer, and is ``params.Layers``: no more
+        than a layer is held twice. For one device.
 
     Raises:
       UserError: as :func:`find_params` does.
     """
     flat = traverse_util.flatten_dict(abstract, sep="/")
     restored: dict = {}
+    stacks = tuple("/".join(stack) + "/" for stack in STACKS) if apart else ()
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
 
         def restore(part: epath.Path, wanted: dict) -> dict:
@@ -247,12 +259,32 @@ def restore_params(
 
         for part, leaves in find_params(directory, abstract, step, missing, base).items():
             wanted = {p: leaf for p, leaf in leaves.items() if paths is None or p in paths}
+            for path in sorted(p for p in wanted if stacks and p.startswith(stacks)):
+                with reading(part):
+                    restored |= _read_layers(part, path, wanted.pop(path), flat)
             # Orbax holds all that it restores at once on the host, too.
             for path in sorted(p for p, leaf in wanted.items() if leaf.size > _LARGE):
                 restored |= _as_wanted(restore(part, {path: wanted.pop(path)}), flat)
             if wanted:
                 restored |= _as_wanted(restore(part, wanted), flat)
     return restored
+
+
+def _read_layers(tree: epath.Path, path: str, leaf: Any, flat: dict) -> dict[str, Layers]:
+    """One stacked parameter layer by layer; quantised, where it is to be, with its scales."""
+    stored, wanted = open_array(tree, path), flat[path]
+    made, scales = Layers(), Layers()
+    for number, like in enumerate(split(wanted)):
+        values = stored[number].read().result().astype(leaf.dtype)
+        if leaf.dtype == wanted.dtype:
+            made.append(jax.device_put(values, like.sharding))
+            continue
+        scale = split(flat[scale_path(path)])[number]
+        pair = quantize(jax.device_put(values, like.sharding), scale.shape, wanted.dtype)
+        made.append(jax.block_until_ready(pair)[0])
+        scales.append(jax.device_put(pair[1], scale.sharding))
+    jax.block_until_ready(list(made))
+    return {path: made} | ({scale_path(path): scales} if scales else {})
 
 
 def _as_wanted(found: dict[str, jax.Array], flat: dict) -> dict[str, jax.Array]:

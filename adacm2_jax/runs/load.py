@@ -264,13 +264,15 @@ def load_params(experiment: Experiment, directory: str | os.PathLike) -> dict:
     mesh = make_mesh(tuple(experiment.mesh))
     connect(mesh)
     abstract = abstract_params(experiment.model, experiment.optim.groups, mesh)
-    source = _start_of(experiment, directory)
+    source, apart = _start_of(experiment, directory), mesh.size == 1
     if source is None:
         step = experiment.eval.step or None
-        found = restore_params(directory, abstract, step, base=experiment.init_from)
+        found = restore_params(directory, abstract, step, base=experiment.init_from, apart=apart)
         return unstacked(join_params(found, {}))
     return unstacked(
-        start_params(source, experiment.model, abstract, experiment.init_missing, experiment.seed)
+        start_params(
+            source, experiment.model, abstract, experiment.init_missing, experiment.seed, apart
+        )
     )
 
 
@@ -312,6 +314,7 @@ def start_params(
     abstract: dict,
     missing: Sequence[str],
     seed: int,
+    apart: bool = False,
 ) -> dict:
     """The parameter tree of ``source``; what it lacks is fresh.
 
@@ -321,12 +324,13 @@ def start_params(
       abstract: its parameters as ``jax.ShapeDtypeStruct`` leaves with shardings.
       missing: regular expressions over the paths that may be fresh.
       seed: of what is fresh.
+      apart: see ``checkpoint.restore_params``.
 
     Raises:
       UserError: as :func:`check_start` does, or if the checkpoint is damaged.
     """
     check_start(source, config, abstract, missing)
-    found = restore_params(source, abstract, missing=missing)
+    found = restore_params(source, abstract, missing=missing, apart=apart)
     if base := read_base(source):
         print(f"base: {source}, fingerprint {base['fingerprint']}", flush=True)
     absent = sorted(set(traverse_util.flatten_dict(abstract, sep="/")) - set(found))

@@ -37,6 +37,8 @@ from adacm2_jax.files import write_json
 PARAMS_DIR = "params"
 #: Of a run that starts from a base: where that is, and its fingerprint.
 LINK = "frozen.json"
+#: Fields of a model that had other names when it was stored.
+_RENAMED = {"fused_attention": "fused_vision"}
 
 
 def saved_steps(workdir: str | os.PathLike) -> list[int]:
@@ -182,6 +184,9 @@ def read_config(workdir: str | os.PathLike) -> dict:
     values = _read_json(path)
     if not isinstance(values.get("model"), dict):
         raise damaged(path, "it holds no model")
+    for old, new in _RENAMED.items():
+        if old in values["model"]:
+            values["model"][new] = values["model"].pop(old)
     return values
 
 

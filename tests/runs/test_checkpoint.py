@@ -289,6 +289,11 @@ def test_no_checkpoint_and_no_such_step_are_named(run, tmp_path):
         restore_params(tmp_path / "none", abstract())
 
 
+def test_a_field_is_read_by_the_name_that_it_had(tmp_path):
+    write_config(tmp_path, {"model": {"fused_attention": False, "remat": True}})
+    assert read_config(tmp_path) == {"model": {"fused_vision": False, "remat": True}}
+
+
 def test_a_configuration_is_written_whole(tmp_path):
     write_config(tmp_path, {"model": {"b": [1, None]}})
     write_config(tmp_path, {"model": {"b": [2, None]}})
