@@ -264,7 +264,13 @@ def restore_params(
                     restored |= _read_layers(part, path, wanted.pop(path), flat)
             # Orbax holds all that it restores at once on the host, too.
             for path in sorted(p for p, leaf in wanted.items() if leaf.size > _LARGE):
-                restored |= _as_wanted(restore(part, {path: wanted.pop(path)}), flat)
+                leaf = wanted.pop(path)
+                if apart:
+                    with reading(part):
+                        values = open_array(part, path).read().result().astype(leaf.dtype)
+                        restored[path] = jax.device_put(values, leaf.sharding)
+                else:
+                    restored |= _as_wanted(restore(part, {path: leaf}), flat)
             if wanted:
                 restored |= _as_wanted(restore(part, wanted), flat)
     return restored
