@@ -75,12 +75,12 @@ def main() -> int:
         check_same(stored, experiment.to_dict(config), weights, MAY_CHANGE["evaluate"])
     output = args.output if args.output is not None else f"{workdir}/eval"
     output = app.directory("output", output)
+    select.check(config, weights, args.video is not None)
     processor = Processor.load(weights, config.model)
     if args.video is not None:
         return ask(config, weights, processor, output)
 
     config.memories()
-    select.check(config, weights)
     source = main_first(lambda: open_source(config.data, config.eval.split))
     task = task_of(config)
     check_questions(config, processor, source, task)

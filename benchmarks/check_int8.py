@@ -32,8 +32,8 @@ from adacm2_jax.runs.load import experiment_of, load_params, make_answerer  # no
 
 ROWS, FIRST = 50, 300  # the quickstart's own videos are the first 300
 MOST_LOST, MOST_MEMORY = 0.01, 1.2
-#: Of the random model: 1.4 billion parameters, 24 layers half as wide as Vicuna's.
-LARGE = dict(width=2048, depth=24, num_heads=16, num_kv_heads=16, mlp_width=5504)
+#: Of the random model: 3.5 billion parameters, half of Vicuna's layers.
+LARGE = dict(width=4096, depth=16, num_heads=32, num_kv_heads=32, mlp_width=11008)
 
 
 def quantized(experiment: Experiment, kind: str, **fields: Any) -> Experiment:

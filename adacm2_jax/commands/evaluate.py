@@ -18,6 +18,7 @@ from adacm2_jax.progress import Progress
 from adacm2_jax.runs.experiment import Experiment
 from adacm2_jax.runs.partial import PartialPredictions, describe
 from adacm2_jax.scoring import captions, report
+from adacm2_jax.scoring.metrics import METRICS
 from adacm2_jax.tasks.task import Task, find
 from adacm2_jax.video.stream import video_batches
 
@@ -138,6 +139,11 @@ def check_task(
     """
     if task is None:
         return ()
+    for name in task.metrics:
+        if name not in METRICS:
+            known = ", ".join(METRICS)
+            raise UserError(f"task {task.name}: metric {name!r} is unknown; there are {known}")
+    _say_protocol(experiment, task)
     if "captions" in task.metrics and is_main():
         captions.check_installed()
         captions.check_java()
@@ -150,11 +156,27 @@ def check_task(
     left_out = [name for name in task.metrics if name.endswith("top5") and few]
     if left_out and is_main():
         print(
-            f"warning: {', '.join(left_out)} needs generation.num_return=5, which is "
-            f"{experiment.generation.num_return}; left out",
+            f"warning: {', '.join(left_out)} needs generation.num_return=5 (and as many "
+            f"num_beams), which is {experiment.generation.num_return}; left out",
             file=sys.stderr,
         )
     return tuple(name for name in task.metrics if name not in left_out)
+
+
+def _say_protocol(experiment: Experiment, task: Task) -> None:
+    """Says where an experiment asks otherwise than the benchmark's protocol does."""
+    other = []
+    if experiment.data.prompt != task.prompt:
+        other.append(f"data.prompt={task.prompt!r}")
+    for name, value in task.generation.items():
+        if getattr(experiment.generation, name) != value:
+            other.append(f"generation.{name}={value}")
+    if other and is_main():
+        print(
+            f"warning: {task.name} is not asked as its protocol says, which has "
+            f"{', '.join(other)} (configs/ has it so)",
+            file=sys.stderr,
+        )
 
 
 def _say(partial: PartialPredictions, count: int) -> None:

@@ -124,8 +124,8 @@ def run_local(job: Job, manifest: dict, workers: int) -> dict:
 def run_beam(job: Job, manifest: dict, runner: str, options: Sequence[str]) -> dict:
     """The same by an Apache Beam pipeline, which decides who computes which shard."""
     try:
-        from adacm2_jax import beam_runner
         from adacm2_jax.commands import prepare_beam
+        from data import beam_runner
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "apache_beam":
             raise

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from adacm2_jax.beam_runner import run_all
 from adacm2_jax.commands.prepare_worker import Job, worker_of
+from data.beam_runner import run_all
 
 #: A process holds one ViT and one set of decoded clips, however many threads its runner has.
 _ONE_AT_A_TIME = threading.Lock()

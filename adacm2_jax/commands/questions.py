@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from adacm2_jax.errors import UserError, printable
-from adacm2_jax.files import check_writable
-from adacm2_jax.tasks.task import Item, every, find
+from adacm2_jax.files import check_writable, write_text
+from adacm2_jax.tasks.task import Item, every, find, items_of
 from adacm2_jax.tasks.videos import videos_in
 
 _MOST_NAMED = 5
@@ -57,9 +57,9 @@ def _run(args: argparse.Namespace) -> None:
     output = pathlib.Path(args.output)
     if output.is_dir():
         raise UserError(f"--output {printable(args.output)}: is a directory; name a file")
-    check_writable(output, f"--output {args.output}")
+    check_writable(output.parent, f"--output {args.output}")
     files = videos_in(args.videos, "--videos")
-    items = task.read(pathlib.Path(args.annotations), args.split)
+    items = items_of(task, pathlib.Path(args.annotations), args.split)
     missing = sorted({item.video for item in items if item.video not in files})
     if missing and (not args.skip_missing or len(missing) == len({item.video for item in items})):
         more = ", …" if len(missing) > _MOST_NAMED else ""
@@ -68,13 +68,16 @@ def _run(args: argparse.Namespace) -> None:
             f"there: {printable(', '.join(missing[:_MOST_NAMED]))}{more}; --skip-missing leaves "
             "their questions out"
         )
-    count = 0
-    beside = output.with_name(output.name + ".partial")
-    with beside.open("w", encoding="utf-8") as file:
-        for line in lines_of(items, files, output.parent):
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            count += 1
-    beside.replace(output)
+    lines = [
+        json.dumps(line, ensure_ascii=False) + "\n"
+        for line in lines_of(items, files, output.parent)
+    ]
+    count = len(lines)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_text(output, "".join(lines))
+    except OSError as error:
+        raise UserError(f"--output {printable(args.output)}: {error.strerror}") from None
     left_out = f", {len(items) - count} left out: {len(missing)} videos missing" if missing else ""
     print(f"{printable(args.output)}: {count} questions{left_out}")
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from adacm2_jax.errors import UserError, printable
@@ -51,8 +52,11 @@ def main(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> None:
     if not args.task and not args.metric:
         raise UserError("--task is missing: name the benchmark, or a --metric")
-    names = tuple(args.metric) if args.metric else find(args.task).metrics
+    task = find(args.task) if args.task else None
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed} must be at least 0")
     rows = read_rows(args.predictions)
+    names = tuple(args.metric or []) or with_beams(task.metrics if task else (), rows)
     train = read_answers(args.train_answers) if args.train_answers else []
     found = score(rows, names, train, args.seed)
     if not any(entry["scored"] for entry in found.values()):
@@ -66,6 +70,46 @@ def _run(args: argparse.Namespace) -> None:
         except OSError as error:
             where = printable(args.output)
             raise UserError(f"--output {where}: cannot be written: {error.strerror}") from None
+
+
+def with_beams(names: tuple[str, ...], rows: list[dict[str, Any]]) -> tuple[str, ...]:
+    """The metrics without those of five beams where the predictions have fewer, which is said."""
+    fewest = min(len(row.get("n_best") or ()) for row in rows)
+    left_out = [name for name in names if name.endswith("top5") and fewest < 5]
+    if left_out:
+        print(
+            f"warning: {', '.join(left_out)} needs the five best answers of each question "
+            f"(generation.num_return=5); there are {max(fewest, 1)}; left out",
+            file=sys.stderr,
+        )
+    return tuple(name for name in names if name not in left_out)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _all(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(kind, value))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+#: What fields of a prediction hold, where they are there and not null.
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "prediction": _is_text,
+    "question": _is_text,
+    "answer": _is_text,
+    "answers": _all(_is_text),
+    "choices": _all(_is_text),
+    "choice_log_probs": _all(_is_number),
+    "choice_tokens": _all(_is_number),
+    "n_best": _all(lambda beam: isinstance(beam, dict) and _is_text(beam.get("text"))),
+    "policy": _is_text,
+    "category": _is_text,
+}
 
 
 def read_rows(path: str) -> list[dict[str, Any]]:
@@ -87,6 +131,13 @@ def read_rows(path: str) -> list[dict[str, Any]]:
                 f"{printable(path)}: line {number} is no prediction: give a predictions.jsonl that "
                 "eval.py wrote"
             )
+        for name, holds in _FIELDS.items():
+            value = row.get(name)
+            if not (holds(value) if value is not None else name not in ("prediction", "question")):
+                raise UserError(
+                    f"{printable(path)}: line {number}: {name} is {printable(repr(value)[:60])}, "
+                    "not what eval.py writes; give a file that it wrote"
+                )
         rows.append(row)
     if not rows:
         raise UserError(f"{printable(path)}: has no predictions")
@@ -109,7 +160,8 @@ def read_answers(path: str) -> list[str]:
             entry = None
         if isinstance(entry, dict):
             several = entry.get("answers") or [entry.get("answer")]
-            answers += [several[0]] if isinstance(several[0], str) else []
+            first = several[0] if isinstance(several, list) else None
+            answers += [first] if isinstance(first, str) else []
         else:
             answers.append(line.strip())
     if not answers:

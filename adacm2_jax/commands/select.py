@@ -1,6 +1,7 @@
 """Which checkpoint of a run answers: ``eval.select`` names the split that says so."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import sys
@@ -13,7 +14,7 @@ from jax.experimental import multihost_utils
 from adacm2_jax.commands.evaluate import evaluate
 from adacm2_jax.distributed import is_main
 from adacm2_jax.errors import UserError, printable
-from adacm2_jax.files import read_json, write_json
+from adacm2_jax.files import write_json
 from adacm2_jax.inference.answerer import Answerer
 from adacm2_jax.runs.experiment import Experiment
 from adacm2_jax.runs.partial import describe
@@ -24,8 +25,8 @@ from adacm2_jax.tasks.task import Task
 CAPTIONS = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L")
 
 
-def check(experiment: Experiment, weights: str | os.PathLike) -> None:
-    """Whether what has been asked for can be had.
+def check(experiment: Experiment, weights: str | os.PathLike, video: bool = False) -> None:
+    """Whether what has been asked for can be had; ``video``: for one video.
 
     Raises:
       UserError: if ``eval.step`` or ``eval.select`` is set and this is no run, or the run has no
@@ -33,6 +34,8 @@ def check(experiment: Experiment, weights: str | os.PathLike) -> None:
     """
     settings = experiment.eval
     asked = {"eval.step": settings.step, "eval.select": settings.select}
+    if settings.select and video:
+        raise UserError("eval.select chooses for a split; name a step for a --video by eval.step")
     named = [f"{name}={value}" for name, value in asked.items() if value]
     if not named:
         return
@@ -73,6 +76,11 @@ def choose_step(
       UserError: if the split has no known answers.
     """
     root, settings = pathlib.Path(output) / "select", experiment.eval
+    if len(saved_steps(weights)) == 1 and is_main():
+        print(
+            "warning: the run has kept one checkpoint; train with checkpoint.keep_every to choose",
+            file=sys.stderr,
+        )
     split, policies = settings.select, settings.policies[:1]
     if split == settings.split and is_main():
         print(
@@ -81,7 +89,7 @@ def choose_step(
             file=sys.stderr,
         )
     place = root / "selection.json"
-    known = read_json(place).get("steps", {}) if place.exists() else {}
+    known = _known(place)
     found: dict[str, dict[str, Any]] = {}
     if is_main():
         root.mkdir(parents=True, exist_ok=True)
@@ -89,7 +97,13 @@ def choose_step(
         own = dataclasses.replace(settings, step=step, select="", split=split, policies=policies)
         one = dataclasses.replace(experiment, eval=own)
         count = min(own.limit or len(source), len(source))
-        saved = os.stat(pathlib.Path(weights) / "checkpoints" / str(step)).st_mtime_ns
+        try:
+            saved = os.stat(pathlib.Path(weights) / "checkpoints" / str(step)).st_mtime_ns
+        except FileNotFoundError:
+            raise UserError(
+                f"eval.select={split}: the checkpoint of step {step} has been removed meanwhile; "
+                "wait until the training has ended, and ask again"
+            ) from None
         of = describe(one, f"{step} {saved}", source, count, task.name if task else "")
         entry = known.get(str(step), {})
         if entry.get("of") != of:
@@ -111,6 +125,17 @@ def choose_step(
         for name, value in values.items():
             print(f"step {name}: {value:.4f}{'  chosen' if int(name) == best else ''}")
     return best
+
+
+def _known(place: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """What an earlier selection has found; nothing where its file is not ours."""
+    if not place.exists():
+        return {}
+    try:
+        steps = json.loads(place.read_text()).get("steps", {})
+        return {step: entry for step, entry in steps.items() if {"of", "value"} <= set(entry)}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
 
 
 def figure(results: dict[str, Any], policy: str) -> float | None:

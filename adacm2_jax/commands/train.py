@@ -193,7 +193,12 @@ def train_and_evaluate(
             make_train_step(config.model, optimizer, config.seed, state, config.train.step),
             last=config.train.steps,
             mesh=mesh,
-            every=Every(config.train.log_every, config.checkpoint.every, config.eval.every),
+            every=Every(
+                config.train.log_every,
+                config.checkpoint.every,
+                config.eval.every,
+                config.checkpoint.keep_every,
+            ),
             run=callbacks,
         )
         return answer(state) if at_the_end else {}

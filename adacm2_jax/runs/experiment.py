@@ -123,7 +123,7 @@ class CheckpointConfig:
     Attributes:
       every: steps between two checkpoints.
       keep: how many of the newest stay.
-      keep_every: steps that divide by it stay for ever; 0: none.
+      keep_every: steps that divide by it are saved, too, and stay for ever; 0: none.
     """
 
     every: int = 500

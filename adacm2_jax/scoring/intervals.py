@@ -51,7 +51,8 @@ def mean_interval(values: np.ndarray, groups: np.ndarray, seed: int = 0) -> tupl
 
     Returns:
       Both bounds. Where the videos do not differ, resampling would find no spread: the interval is
-      Wilson's, with as many observations as there are videos.
+      Wilson's, with as many observations as there are videos; of what may be above 1, and so is no
+      share of anything, there is none, and both are the value.
     """
     return macro_interval(values, groups, np.zeros(len(values), np.int64), seed)
 
@@ -74,6 +75,8 @@ def macro_interval(
             return np.nanmean((weights @ sums) / drawn, axis=1)
 
     (point,) = means(np.ones((1, count)))
+    if (values > 1).any() and (count == 1 or (values == values[0]).all()):
+        return float(point), float(point)
     if count == 1 or (values == values[0]).all():
         share = min(max(float(point), 0.0), 1.0)
         low, high = wilson_interval(share * count, count)

@@ -80,9 +80,17 @@ def _picked(row: Row, labels: str) -> str | None:
 
 def _ranked(row: Row, per_token: bool = False) -> str | None:
     scores = np.array(_need(row, "choice_log_probs"), np.float64)
+    choices = _need(row, "choices")
     if per_token:
-        scores = scores / np.array(_need(row, "choice_tokens"), np.float64)
-    return _need(row, "choices")[int(np.argmax(scores))].strip()
+        tokens = np.array(_need(row, "choice_tokens"), np.float64)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            scores = scores / tokens if len(tokens) == len(scores) else tokens[:0]
+    if len(scores) != len(choices) or np.isnan(scores).any():
+        raise UserError(
+            f"prediction {printable(str(row.get('id')))}: choice_log_probs or choice_tokens are no "
+            f"number for each of {len(choices)} choices; answer the split again with this task"
+        )
+    return choices[int(np.argmax(scores))].strip()
 
 
 def _need(row: Row, name: str) -> Any:
@@ -99,7 +107,7 @@ def _is_right(given: Callable[[Row], str | None], row: Row) -> float:
 
 
 def _any_of_five(cut: Callable[[str], str], row: Row) -> float:
-    beams = row.get("n_best") or [{"text": row["prediction"]}]
+    beams = _need(row, "n_best")
     answers = [answer.strip() for answer in answers_of(row)]
     return float(any(cut(beam["text"]) in answers for beam in beams[:5]))
 
@@ -152,7 +160,7 @@ def _text_keys(row: Row) -> list[str]:
 def _place_keys(row: Row, labels: str = LETTERS) -> list[str]:
     answers = _text_keys(row)
     places = [i for i, choice in enumerate(_need(row, "choices")) if choice.strip() in answers]
-    return [labels[place] for place in places]
+    return [labels[place] for place in places if place < len(labels)]
 
 
 def accuracy(

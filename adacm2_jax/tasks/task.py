@@ -8,12 +8,13 @@ with the videos of a directory, ``data/<name>/builder.py`` writes them as record
 
 import dataclasses
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from adacm2_jax.errors import UserError
+from adacm2_jax.errors import DataError, UserError, check_text, printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,3 +93,48 @@ def every() -> dict[str, Task]:
             for task in getattr(importlib.import_module(f"{__package__}.{module}"), "TASKS", ())
         }
     return tasks
+
+
+def items_of(task: Task, annotations: Path, split: str) -> list[Item]:
+    """A split of a task's annotation, checked.
+
+    Raises:
+      DataError: for a split that the task does not have, an annotation that cannot be read or is
+        empty, or an item that cannot be: an id twice, a time that is none, an answer that is not
+        among the choices, text that is no Unicode.
+    """
+    if split not in task.splits:
+        raise DataError(f"task {task.name} has no split {split!r}; it has {', '.join(task.splits)}")
+    try:
+        items = list(task.read(annotations, split))
+    except (TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
+        raise DataError(
+            f"{printable(str(annotations))}: the {split} annotation of {task.name} has another "
+            f"form than is read ({type(error).__name__}: {printable(str(error)[:100])}); "
+            "data/README.md says which"
+        ) from error
+    if not items:
+        raise DataError(f"{printable(str(annotations))}: nothing is asked in {split}")
+    seen: set[str] = set()
+    for item in items:
+        _check(item, f"task {task.name}, {split}: id {printable(item.id)}")
+        if item.id in seen:
+            raise DataError(f"task {task.name}, {split}: id {printable(item.id)} is there twice")
+        seen.add(item.id)
+    return items
+
+
+def _check(item: Item, where: str) -> None:
+    for text in (item.id, item.video, item.question, *item.answers, *item.choices):
+        try:
+            check_text(text, where)
+        except UserError as error:
+            raise DataError(str(error)) from None
+    for name in ("start", "end", "at"):
+        value = getattr(item, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise DataError(f"{where}: {name} = {value!r} is no time in a video")
+    if item.start is not None and item.end is not None and item.end <= item.start:
+        raise DataError(f"{where}: ends at {item.end:g} s, but begins at {item.start:g} s")
+    if item.choices and item.answers and not set(item.answers) & set(item.choices):
+        raise DataError(f"{where}: the answer {item.answers[0]!r:.60} is none of its choices")

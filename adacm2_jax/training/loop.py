@@ -27,11 +27,13 @@ class Every:
     log: int
     save: int
     evaluate: int
+    #: Saved as well, to stay.
+    keep: int = 0
 
     def due(self, kind: str, step: int) -> bool:
         """Whether ``step`` is one of them."""
-        every = getattr(self, kind)
-        return bool(every) and step % every == 0
+        numbers = (self.save, self.keep) if kind == "save" else (getattr(self, kind),)
+        return any(every and step % every == 0 for every in numbers)
 
 
 @dataclasses.dataclass(frozen=True)

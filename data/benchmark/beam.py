@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import apache_beam as beam
 
-from adacm2_jax.beam_runner import options_of, run_all
+from data.beam_runner import options_of, run_all
 from data.benchmark.build import Job, write_shard
 
 

@@ -17,7 +17,9 @@ from __future__ import annotations
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import importlib.util
 import itertools
@@ -25,28 +27,27 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from adacm2_jax.errors import DataError, UserError, printable
-from adacm2_jax.files import check_writable
+from adacm2_jax.files import check_writable, write_text
 from adacm2_jax.progress import Progress
 from adacm2_jax.tasks.task import Item, find
 from adacm2_jax.tasks.videos import videos_in
-from adacm2_jax.video.frames import Sampling, read_frames
-from adacm2_jax.video.jpegs import as_video
-from data.benchmark.source import INDEX, read_items
+from data.benchmark.check import check
+from data.benchmark.source import INDEX, read_items, state_of
 from data.workers import deaf_to_signals, live_as_long_as_parent
 
 VERSION = "1.0.0"
 #: Videos of a shard.
 SHARD = 32
-#: Seconds by which an annotation may be longer than its video.
-SLACK = 1.0
 _NAMED = 3
+#: What a build knows of its splits, for one that builds others.
+_MADE = ".splits.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,34 +105,82 @@ def build(
     items = {split: read_items(name, annotations, split) for split in splits}
     root = Path(data_dir) / name / VERSION
     check_writable(root, f"--data-dir {data_dir}")
-    root.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {"leaks": _leaks(items)}
-    counts: dict[str, list[int]] = {}
-    shards: dict[str, list[int]] = {}
-    for split, asked in items.items():
-        missing, jobs = _jobs(root, name, split, asked, files, shard)
-        if not jobs:
+    for split, asked in items.items():  # before anything that is there is touched
+        if not {item.video for item in asked} & set(files):
             raise DataError(f"task {name}, split {split}: no video of it is in {printable(videos)}")
-        results = _write_all(jobs, workers, f"{name}, {split}", runner, beam)
-        found = [line for result in results for line in result]
-        report[split] = {
-            "videos": len({item.video for item in asked}),
-            "missing": missing,
-            "corrupt": {line["name"]: line["error"] for line in found if "error" in line},
-            "mismatched": {line["name"]: line["mismatch"] for line in found if "mismatch" in line},
-        }
-        counts[split] = [line["items"] for line in found if line.get("items")]
-        shards[split] = [sum(bool(line.get("items")) for line in result) for result in results]
-        if not counts[split]:
-            raise DataError(f"task {name}, split {split}: no video of it can be decoded")
-    _describe(root, name, counts, shards)
-    (root / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    root.mkdir(parents=True, exist_ok=True)
+    with _alone(root):
+        made = _made_before(root, splits)
+        for file in (INDEX, "dataset_info.json"):  # until all is there nobody reads a part of it
+            (root / file).unlink(missing_ok=True)
+        for split, asked in items.items():
+            missing, jobs = _jobs(root, name, split, asked, files, shard)
+            results = _write_all(jobs, workers, f"{name}, {split}", runner, beam)
+            made[split] = _told_of(asked, missing, results)
+            if not made[split]["counts"]:
+                first, why = next(iter(made[split]["report"]["corrupt"].items()))
+                raise DataError(
+                    f"task {name}, split {split}: no video of it can be decoded; the first, "
+                    f"{printable(first)}: {printable(why)}"
+                )
+        _describe(
+            root,
+            name,
+            {split: entry["counts"] for split, entry in made.items()},
+            {split: entry["shards"] for split, entry in made.items()},
+        )
+        report = {"leaks": _leaks({split: entry["names"] for split, entry in made.items()})}
+        report |= {split: entry["report"] for split, entry in made.items()}
+        write_text(root / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        write_text(root / _MADE, json.dumps(made))
     return root
 
 
-def _leaks(items: dict[str, list[Item]]) -> dict[str, list[str]]:
+@contextlib.contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Raises ``DataError`` while another process builds here."""
+    with (root / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DataError(
+                f"--data-dir: another build is writing {printable(str(root))}; wait for it"
+            ) from None
+        yield
+
+
+def _made_before(root: Path, splits: Sequence[str]) -> dict[str, Any]:
+    """What is known of the other splits that are there, whole."""
+    try:
+        found = json.loads((root / _MADE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return {split: entry for split, entry in found.items() if split not in splits}
+
+
+def _told_of(asked: Sequence[Item], missing: list[str], results: list[list[dict]]) -> dict:
+    """Of a split: items of each record, records of each shard, names of its videos, its report."""
+    found = [line for result in results for line in result]
+    names = sorted({item.video for item in asked})
+    report = {
+        "videos": len(names),
+        "questions": len(asked),
+        "kept": sum(line.get("items", 0) for line in found),
+        "missing": missing,
+        "corrupt": {line["name"]: line["error"] for line in found if "error" in line},
+        "mismatched": {line["name"]: line["mismatch"] for line in found if "mismatch" in line},
+    }
+    return {
+        "counts": [line["items"] for line in found if line.get("items")],
+        "shards": [sum(bool(line.get("items")) for line in result) for result in results],
+        "names": names,
+        "report": report,
+    }
+
+
+def _leaks(videos: dict[str, list[str]]) -> dict[str, list[str]]:
     """Videos that are in several splits: ``train & test`` → their names."""
-    names = {split: {item.video for item in found} for split, found in items.items()}
+    names = {split: set(found) for split, found in videos.items()}
     return {
         f"{one} & {other}": sorted(names[one] & names[other])
         for one, other in itertools.combinations(names, 2)
@@ -156,6 +205,7 @@ def _jobs(
     # Of an earlier build of more or fewer videos.
     for path in set(root.glob(f"{name}-{split}.array_record-*")) - {job.path for job in jobs}:
         path.unlink()
+        path.with_name(f".{path.name}.json").unlink(missing_ok=True)
     return missing, jobs
 
 
@@ -193,14 +243,15 @@ def _result(job: Job) -> list[dict] | None:
     """What is known of a shard; None if it is not there, or of other files or questions."""
     try:
         found = json.loads(_result_path(job).read_text())
-    except (OSError, ValueError):
+        same = found["of"] == _digest(job) and found["bytes"] == job.path.stat().st_size
+        return list(found["videos"]) if same else None
+    except (OSError, ValueError, TypeError, KeyError):
         return None
-    return found["videos"] if job.path.exists() and found["of"] == _digest(job) else None
 
 
 def _digest(job: Job) -> str:
     """Changes when the shard's files or questions do."""
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for _, path, _ in job.videos]
+    stats = [(path.name, state_of(path)) for _, path, _ in job.videos]
     asked = [(name, items) for name, _, items in job.videos]
     return hashlib.sha256(repr((VERSION, stats, asked)).encode()).hexdigest()
 
@@ -225,55 +276,10 @@ def write_shard(job: Job) -> None:
                 writer.write(example.SerializeToString(deterministic=True))
     finally:
         writer.close()
+    size = beside.stat().st_size
     beside.replace(job.path)
-    result = _result_path(job)
-    partial = result.with_name(f"{result.name}.partial")
-    partial.write_text(json.dumps({"of": _digest(job), "videos": lines}))
-    partial.replace(result)
-
-
-def check(
-    name: str, path: Path, items: tuple[Item, ...]
-) -> tuple[dict[str, Any], bytes, tuple[Item, ...]]:
-    """A video, and whether it is what its annotation says.
-
-    Returns:
-      What is known of it (``name``; ``items``, how many are kept; ``error``, why it cannot be
-      decoded; ``mismatch``, where its annotation goes beyond it), its bytes, and the items that are
-      kept: an end behind the video's becomes the video's; what begins behind it is left out.
-    """
-    try:
-        video = as_video(path) if path.is_dir() else path.read_bytes()
-        # The first picture and the last: a file that is cut short has no last one.
-        count, chunks = read_frames(video, Sampling("uniform", num_frames=2), size=16)
-        last = None
-        for chunk in chunks:
-            last = chunk
-        if last is None or not count:
-            raise DataError("it has no picture")
-        seconds = _duration(video)
-    except (DataError, OSError) as error:
-        return {"name": name, "error": str(error)[:300]}, b"", ()
-    kept, beyond = [], []
-    for item in items:
-        if (item.start or 0.0) >= seconds:
-            beyond.append(f"{item.id}: begins at {item.start:g} s, left out")
-        elif item.end is not None and item.end > seconds + SLACK:
-            beyond.append(f"{item.id}: ends at {item.end:g} s, read to the video's end")
-            kept.append(dataclasses.replace(item, end=None))
-        else:
-            kept.append(item)
-    line: dict[str, Any] = {"name": name, "items": len(kept)}
-    if beyond:
-        more = f" and {len(beyond) - _NAMED} more" if len(beyond) > _NAMED else ""
-        line["mismatch"] = f"lasts {seconds:.2f} s; {'; '.join(beyond[:_NAMED])}{more}"
-    return line, video, tuple(kept)
-
-
-def _duration(video: bytes) -> float:
-    from adacm2_jax.video.decoder import Decoder
-
-    return Decoder(video).duration
+    told = {"of": _digest(job), "bytes": size, "videos": lines}
+    write_text(_result_path(job), json.dumps(told))
 
 
 def _as_json(items: Sequence[Item]) -> str:
@@ -307,9 +313,7 @@ def _describe(
         filename_template=template,
         check_data=False,
     )
-    partial = root / f".{INDEX}.partial"
-    partial.write_text(json.dumps(counts))
-    partial.replace(root / INDEX)
+    write_text(root / INDEX, json.dumps(counts))
 
 
 def told(root: Path) -> list[str]:
@@ -321,6 +325,8 @@ def told(root: Path) -> list[str]:
             continue
         kinds = {kind: found[kind] for kind in ("missing", "corrupt", "mismatched")}
         said = ", ".join(f"{len(those)} {kind}" for kind, those in kinds.items())
+        left_out = found["questions"] - found["kept"]
+        said += f"; {left_out} of {found['questions']} questions left out" if left_out else ""
         lines.append(f"{split}: {found['videos']} videos; {said}")
         for kind, those in kinds.items():
             for video in list(those)[:_NAMED]:
@@ -364,6 +370,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--beam", action="append", default=[], metavar="NAME=VALUE", help="an option of Beam"
     )
     args = parser.parse_args(argv)
+    if args.workers < 0:
+        parser.error(f"--workers {args.workers} must be at least 0")
     try:
         _check_runner(args.runner, args.beam)
         root = build(
@@ -379,10 +387,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status
-    except OSError as error:
-        where = printable(args.data_dir)
-        print(f"error: --data-dir {where}: {error.strerror or error}", file=sys.stderr)
-        return 1
+    except (OSError, RuntimeError) as error:  # RuntimeError: array_record's, of a full disk
+        if isinstance(error, RuntimeError) and "write" not in str(error):
+            raise
+        where, why = printable(args.data_dir), getattr(error, "strerror", None) or error
+        print(f"error: --data-dir {where}: {printable(str(why)[:200])}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on after the shards that are there", flush=True)
         return 130

@@ -14,7 +14,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from adacm2_jax.errors import DataError, printable
-from adacm2_jax.tasks.task import Item, find
+from adacm2_jax.tasks.task import Item, find, items_of
 from adacm2_jax.tasks.videos import videos_in
 from adacm2_jax.video.jpegs import as_video
 from data.jsonl import Example
@@ -22,6 +22,13 @@ from data.jsonl import Example
 #: Beside the records of a built data set: how many items each record has, by split.
 INDEX = "items.json"
 _MOST_NAMED = 5
+
+
+def state_of(path: Path) -> tuple[tuple[str, int, int], ...]:
+    """Changes when a video file does, or a frame of a directory of frames."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    stats = [(file.name, file.stat()) for file in files]
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
 def example_of(item: Item, video: str | bytes) -> Example:
@@ -47,11 +54,8 @@ def read_items(name: str, annotations: str, split: str) -> list[Item]:
     Raises:
       DataError: for a split that the task does not have, or an annotation that cannot be read.
     """
-    task = find(name)
-    if split not in task.splits:
-        raise DataError(f"task {name} has no split {split!r}; it has {', '.join(task.splits)}")
     by_video: dict[str, list[Item]] = {}
-    for item in task.read(Path(annotations), split):
+    for item in items_of(find(name), Path(annotations), split):
         by_video.setdefault(item.video, []).append(item)
     return [item for items in by_video.values() for item in items]
 
@@ -105,7 +109,7 @@ class TaskSource:
 
     def fingerprint(self) -> str:
         """Changes when the items or their video files do."""
-        stats = [(str(path), path.stat().st_mtime_ns) for path in self._files.values()]
+        stats = [(str(path), state_of(path)) for path in self._files.values()]
         return f"{self._items} {stats}"
 
 
@@ -115,29 +119,45 @@ class BuiltSource:
     Args:
       directory: of the data set, the one with ``dataset_info.json``.
       split: of it.
+      task: that it must be of; empty: any.
 
     Raises:
-      DataError: if there is none.
+      DataError: if there is none, it is another task's, or it is damaged.
     """
 
-    def __init__(self, directory: str | os.PathLike, split: str):
+    def __init__(self, directory: str | os.PathLike, split: str, task: str = ""):
         import tensorflow_datasets as tfds
 
         root = Path(directory)
         try:
             counts = json.loads((root / INDEX).read_text())
-        except (OSError, ValueError):
+            whole = all(isinstance(n, int) and n > 0 for each in counts.values() for n in each)
+        except (OSError, ValueError, AttributeError, TypeError):
+            whole = False
+        if not whole:
             raise DataError(
-                f"{printable(str(directory))}: no built benchmark here; "
-                "python -m data.benchmark.build makes one"
-            ) from None
+                f"{printable(str(directory))}: no built benchmark here, or one that is not "
+                "finished; python -m data.benchmark.build makes one, and finishes it"
+            )
         if split not in counts:
             raise DataError(
                 f"{printable(str(directory))}: no split {split!r}; it has {', '.join(counts)}"
             )
         self._root, self._split = root, split
         self._ends = np.cumsum(counts[split])
-        self._records: Any = tfds.builder_from_directory(str(root)).as_data_source(split)
+        try:
+            builder = tfds.builder_from_directory(str(root))
+            self._records: Any = builder.as_data_source(split)
+            count = len(self._records)
+        except Exception as error:  # by what is damaged: protobuf's, TFDS's, array_record's
+            raise self._damaged(error) from error
+        if task and builder.name != task:
+            raise DataError(
+                f"data.task.built={printable(str(directory))} was built of {builder.name}, but "
+                f"data.task.name is {task}"
+            )
+        if count != len(self._ends):
+            raise self._damaged(f"{count} records, where {len(self._ends)} belong")
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -147,10 +167,22 @@ class BuiltSource:
         if not 0 <= place < len(self):
             raise IndexError(index)
         number = int(np.searchsorted(self._ends, place, side="right"))
-        record = self._records[number]
+        try:
+            record = self._records[number]
+        except RuntimeError as error:  # array_record's
+            raise self._damaged(error) from error
         items = json.loads(record["items"])
-        first = int(self._ends[number]) - len(items)
+        first = int(self._ends[number - 1]) if number else 0
+        if first + len(items) != self._ends[number]:
+            raise self._damaged(f"record {number} has {len(items)} items, other than {INDEX} says")
         return example_of(item_of(items[place - first]), record["video"])
+
+    def _damaged(self, why: object) -> DataError:
+        first = str(why).split("\n")[0][:200]
+        return DataError(
+            f"{printable(str(self._root))}: is damaged ({printable(first)}); remove it and build "
+            "it again: python -m data.benchmark.build"
+        )
 
     def __repr__(self) -> str:
         return f"BuiltSource({str(self._root)!r}, {self._split!r})"
@@ -186,7 +218,7 @@ def open_task(config: Any, split: str) -> Sequence[Example]:
         raise DataError("data.source is 'task', but data.task.name is empty; name a benchmark")
     find(task.name)
     if task.built:
-        return BuiltSource(task.built, split)
+        return BuiltSource(task.built, split, task.name)
     for field in ("annotations", "videos"):
         if not getattr(task, field):
             raise DataError(

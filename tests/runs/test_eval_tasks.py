@@ -223,5 +223,8 @@ def test_what_a_task_needs_is_looked_for_before_anything_is_answered(
         answer(run, tmp_path, [ask(clips, "20")], task(metrics=("captions",)))
     assert counted["opened"] == 0
     _, results = answer(run, tmp_path, [ask(clips, "20")], task(metrics=("top1", "top5")))
-    assert "warning: top5 needs generation.num_return=5, which is 1" in capsys.readouterr().err
+    assert (
+        "warning: top5 needs generation.num_return=5 (and as many num_beams), which is 1"
+        in capsys.readouterr().err
+    )
     assert list(results["scores"]["adacm2"]["metrics"]) == ["top1"]
