@@ -107,3 +107,22 @@ def test_what_is_no_prediction_is_named_by_its_line(tmp_path, capsys):
         path.write_text(text)
         assert run_script("score", path, "--task", "coin") == 2
         assert message in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"answer": 5}, "line 1: answer is 5"),
+        ({"prediction": None}, "line 1: prediction is None"),
+        ({"answers": "tea"}, "line 1: answers is 'tea'"),
+        ({"choices": [1, 2]}, "line 1: choices is"),
+        ({"n_best": [1]}, "line 1: n_best is"),
+        ({"choices": ["a", "b"], "choice_log_probs": [float("nan"), -1.0]}, "are no number"),
+        ({"choices": ["a", "b"], "choice_log_probs": [-1.0]}, "are no number"),
+    ],
+)
+def test_a_line_that_eval_does_not_write_is_named(tmp_path, capsys, fields, said):
+    row = {"id": "q", "question": "?", "prediction": "a", "answer": "a"} | fields
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
+    assert run_script("score", tmp_path / "p.jsonl", "--metric", "ranked") == 2
+    assert said in capsys.readouterr().err

@@ -199,3 +199,74 @@ def test_what_beam_needs_is_said_before_anything_is_read(
     command = ["lvu_scene", f"--annotations={nowhere}", f"--videos={nowhere}"]
     assert builder.main([*command, f"--data-dir={tmp_path}", *options]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_build_that_fails_leaves_what_is_there_as_it_is(lvu, tmp_path):
+    built = build(lvu, tmp_path)
+    before = {path.name: path.read_bytes() for path in built.glob("*.array_record*")}
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no video of it is in"):
+        builder.build("lvu_scene", str(lvu), str(tmp_path / "empty"), str(tmp_path), ["test"])
+    assert {path.name: path.read_bytes() for path in built.glob("*.array_record*")} == before
+    assert len(BuiltSource(built, "test", "lvu_scene"))
+
+
+def test_one_split_after_the_other_is_all_of_them(lvu, tmp_path):
+    together = build(lvu, tmp_path / "together")
+    build(lvu, tmp_path / "apart", splits=("test",))
+    apart = build(lvu, tmp_path / "apart", splits=("train",))
+    build(lvu, tmp_path / "apart", splits=("test",))
+    for name in ("items.json", "report.json"):
+        one, other = (json.loads((root / name).read_text()) for root in (together, apart))
+        leaks = [set(found.pop("leaks", {})) for found in (one, other)]
+        assert one == other and all(len(pairs) == len(leaks[0]) for pairs in leaks)
+    assert [len(BuiltSource(apart, split)) for split in ("train", "test")] == [
+        len(BuiltSource(together, split)) for split in ("train", "test")
+    ]
+
+
+def test_a_shard_that_is_cut_short_is_written_again(lvu, tmp_path):
+    built = build(lvu, tmp_path)
+    shard = min(built.glob("lvu_scene-test.array_record*"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match="is damaged"):
+        _ = [BuiltSource(built, "test")[i] for i in range(len(BuiltSource(built, "test")))]
+    assert build(lvu, tmp_path) == built and shard.read_bytes() == whole
+
+
+def test_a_data_set_that_is_not_finished_or_of_another_task_is_refused(lvu, tmp_path):
+    built = build(lvu, tmp_path)
+    with pytest.raises(DataError, match=r"was built of lvu_scene, but data\.task\.name is coin"):
+        BuiltSource(built, "test", "coin")
+    index = json.loads((built / "items.json").read_text())
+    (built / "items.json").write_text(json.dumps({"test": index["test"][:-1]}))
+    with pytest.raises(DataError, match="is damaged"):
+        BuiltSource(built, "test")
+    (built / "items.json").unlink()
+    with pytest.raises(DataError, match="not finished"):
+        BuiltSource(built, "test")
+
+
+def test_two_builds_at_once_are_refused(lvu, tmp_path):
+    built = build(lvu, tmp_path)
+    with builder._alone(built), pytest.raises(DataError, match="another build is writing"):
+        build(lvu, tmp_path)
+
+
+def test_frames_that_are_replaced_are_read_again(lvu, tmp_path):
+    mine = tmp_path / "lvu"
+    shutil.copytree(lvu, mine)
+    built = build(mine, tmp_path / "data")
+    shards = {path: path.read_bytes() for path in built.glob("*test.array_record*")}
+    frame = mine / "videos/frames/tt003/frame000001.jpg"
+    PIL.Image.fromarray(np.full((24, 40, 3), 250, np.uint8)).save(frame, quality=95)
+    build(mine, tmp_path / "data")
+    assert any(path.read_bytes() != before for path, before in shards.items())
+
+
+def test_a_number_of_workers_below_0_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command = ["lvu_scene", "--annotations=a", "--videos=b", f"--data-dir={tmp_path}"]
+        builder.main([*command, "--workers=-1"])
+    assert "--workers -1 must be at least 0" in capsys.readouterr().err

@@ -108,6 +108,12 @@ class Fetched:
         return self
 
 
+def test_steps_that_stay_are_saved_too():
+    every = Every(log=0, save=4, evaluate=0, keep=3)
+    assert [step for step in range(1, 10) if every.due("save", step)] == [3, 4, 6, 8, 9]
+    assert not any(every.due("evaluate", step) for step in range(1, 10))
+
+
 def test_a_step_is_dispatched_before_the_one_before_is_fetched_and_nothing_lies_between():
     run = Run(Every(log=2, save=0, evaluate=0))
     run.go()
