@@ -169,9 +169,9 @@ class BuiltSource:
         number = int(np.searchsorted(self._ends, place, side="right"))
         try:
             record = self._records[number]
-        except RuntimeError as error:  # array_record's
+            items = json.loads(record["items"])
+        except (RuntimeError, TypeError, ValueError) as error:  # array_record's, or nothing is read
             raise self._damaged(error) from error
-        items = json.loads(record["items"])
         first = int(self._ends[number - 1]) if number else 0
         if first + len(items) != self._ends[number]:
             raise self._damaged(f"record {number} has {len(items)} items, other than {INDEX} says")
