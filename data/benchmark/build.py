@@ -347,6 +347,10 @@ def _check_runner(runner: str, options: Sequence[str]) -> None:
         raise UserError(f"--beam={options[0]} is for a runner of Beam; name one by --runner")
     if runner != "local" and importlib.util.find_spec("apache_beam") is None:
         raise UserError(f"--runner={runner} needs Apache Beam: pip install apache-beam")
+    if runner != "local":
+        from data.beam_runner import options_of
+
+        options_of(runner, options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

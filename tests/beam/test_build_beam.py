@@ -22,8 +22,8 @@ def test_the_pipeline_builds_what_is_built_here(lvu, here, tmp_path):  # noqa: F
 
 def test_shards_that_are_there_stay(lvu, here, tmp_path):  # noqa: F811
     built = build(lvu, tmp_path, splits=("test",))
-    first = min(built.glob("*test*.array_record-*"))
-    written = {path: path.stat().st_mtime_ns for path in built.glob("*.array_record-*")}
+    first = min(built.glob("lvu_scene-*.array_record-*"))
+    written = {path: path.stat().st_mtime_ns for path in built.glob("lvu_scene-*.array_record-*")}
     first.unlink()
     again = build(lvu, tmp_path, splits=("test",), runner="direct")
     changed = [path for path, time in written.items() if path.stat().st_mtime_ns != time]
