@@ -51,7 +51,8 @@ def done(output: pathlib.Path) -> int:
 def kill_at_random(
     command: list[object], output: pathlib.Path, chance: random.Random
 ) -> int | None:
-    """Starts it and kills it; returns how many questions were answered, None if it ended first."""
+    """Starts it and kills it; returns how many questions were answered, None if all were: then the
+    results had their names before the process was killed."""
     before = done(output)
     process = run(*command)
     while process.poll() is None and done(output) <= before:
@@ -63,7 +64,7 @@ def kill_at_random(
         return None
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    return done(output)
+    return None if (output / "metrics.json").exists() else done(output)
 
 
 def results(output: pathlib.Path) -> dict:
