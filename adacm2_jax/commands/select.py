@@ -22,7 +22,7 @@ from adacm2_jax.runs.workdir import is_base, saved_steps
 from adacm2_jax.tasks.task import Task
 
 #: Of captions their sum is compared, as LAVIS and MA-LMM do.
-CAPTIONS = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L")
+CAPTIONS = ("CIDEr", "BLEU_4", "METEOR", "ROUGE_L")
 
 
 def check(experiment: Experiment, weights: str | os.PathLike, video: bool = False) -> None:

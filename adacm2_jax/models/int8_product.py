@@ -47,7 +47,8 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     rows = math.prod(x.shape[:-1])
     one_device = mesh.empty or mesh.size == 1
-    if not has_cuda() or kernel.dtype != jnp.int8 or rows > MOST_ROWS or not one_device:
+    fits = kernel.dtype == jnp.int8 and x.dtype != jnp.float64 and rows <= MOST_ROWS
+    if not (has_cuda() and one_device and fits):
         return plain(x, kernel)
     kernels = functools.partial(by_kernel, shape=SHAPE)
     return jax.lax.platform_dependent(x, kernel, cuda=kernels, default=plain)

@@ -85,7 +85,8 @@ class Block(nn.Module):
         c = self.config
         shape = (c.width, c.num_heads, c.width // c.num_heads)
         axes = ("vision", "heads", "head_dim")
-        fewer = self.fused and self.adds_later and has_cuda()
+        half = self.dtype in (jnp.bfloat16, jnp.float16)  # the kernels add up in float32
+        fewer = self.fused and self.adds_later and half and has_cuda()
         norm = functools.partial(Norm, c.layer_norm_eps, self.dtype, fewer)
         x, y = norm(name="norm1")(x, added)
         # Of products of the same rows XLA makes one, and for that puts their weights together, for
