@@ -259,6 +259,21 @@ def seconds_of(
     return middle, (max(found) - min(found)) / middle
 
 
+def answering(
+    seconds: Callable[[int], tuple[float, float]], batch: int, tokens: int
+) -> dict[str, float]:
+    """The first token and each after it, from the ``seconds`` that so many tokens take."""
+    first, _ = seconds(1)
+    whole, spread = seconds(tokens + 1)
+    step = (whole - first) / tokens
+    return dict(
+        first_token_ms=first * 1e3,
+        step_ms=step * 1e3,
+        tokens_a_second=batch / step,
+        spread=spread,
+    )
+
+
 def flops_of(function: Callable, *arguments: Any) -> float:
     """Of all matrix products of a call."""
     return product_flops(jax.jit(function).trace(*arguments).jaxpr)

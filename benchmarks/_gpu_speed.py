@@ -23,6 +23,7 @@ from benchmarks._gpu import (
     READING,
     Rows,
     Size,
+    answering,
     ask,
     draw_params,
     flops_of,
@@ -239,19 +240,14 @@ def _decode(
         return seconds_of(lambda: steps.answer(model, params, *arguments), size.least, windows=3)
 
     begun = time.perf_counter()
-    first, _ = seconds(1)
-    whole, spread = seconds(size.new_tokens + 1)
-    step = (whole - first) / size.new_tokens
+    found = answering(seconds, batch, size.new_tokens)
     rows.add(
         name,
-        first_token_ms=first * 1e3,
-        step_ms=step * 1e3,
-        tokens_a_second=batch / step,
+        **found,
         # Reading every weight once is the least that a step can do.
-        share=rows.share((weights - table) / step, "copy", "bytes_a_second"),
+        share=rows.share((weights - table) / found["step_ms"] * 1e3, "copy", "bytes_a_second"),
         weights_bytes=weights,
         shape=repr(int8_product.SHAPE) if config.llm.quantize else None,
-        spread=spread,
         measured_in=time.perf_counter() - begun,
     )
 

@@ -24,7 +24,7 @@ from adacm2_jax.config import AdaCM2Config, MemoryConfig
 from adacm2_jax.memory.policies import plan_for
 from adacm2_jax.models.adacm2 import init_params
 from benchmarks import _gpu
-from benchmarks._gpu import Rows, Size
+from benchmarks._gpu import Rows, Size, answering
 from benchmarks._torch_banks import BankedQFormer
 from benchmarks._torch_qformer import StreamingQFormer
 
@@ -211,14 +211,4 @@ def _tokens(rows: Rows, size: Size, config: AdaCM2Config, about: dict) -> None:
 
             return seconds_of(call, size.least, windows=3)
 
-        first, _ = seconds(1)
-        whole, spread = seconds(size.new_tokens + 1)
-        step = (whole - first) / size.new_tokens
-        rows.add(
-            name,
-            **about,
-            first_token_ms=first * 1e3,
-            step_ms=step * 1e3,
-            tokens_a_second=batch / step,
-            spread=spread,
-        )
+        rows.add(name, **about, **answering(seconds, batch, size.new_tokens))
