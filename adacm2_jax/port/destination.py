@@ -59,9 +59,10 @@ def check_room(target: epath.Path, total: int) -> None:
 
 
 def stop(*_) -> None:
-    """A handler of SIGTERM that leaves nothing half-written."""
-    _stopped.set()
-    sys.exit(STOPPED)
+    """A handler of SIGTERM that leaves nothing half-written; a second one does not disturb it."""
+    if not _stopped.is_set():
+        _stopped.set()
+        sys.exit(STOPPED)
 
 
 @contextlib.contextmanager
@@ -80,8 +81,8 @@ def written_beside(target: epath.Path) -> Iterator[epath.Path]:
         partial = beside_path(target)
     elif target.exists():
         target.rmtree()
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)  # inside: a signal may come before the next line
         yield partial
         if _stopped.is_set():  # within a callback that lets no exception out
             sys.exit(STOPPED)

@@ -12,7 +12,9 @@ import dataclasses
 import hashlib
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -74,19 +76,24 @@ class LazyArray:
 class _LazyHandler(ocp.type_handlers.NumpyHandler):
     """Writes a :class:`LazyArray` where Orbax would write a numpy array."""
 
-    def __init__(self, on_bytes: Callable[[int], Any]):
+    def __init__(self, on_bytes: Callable[[int], Any], stopped: threading.Event):
         super().__init__(deepcopy_host_arrays=False)
         self._on_bytes = on_bytes
+        self._stopped = stopped
         self._turn = asyncio.Lock()
 
     async def _open_and_write(self, value: LazyArray, tspec: dict, ts_context) -> None:
         chunks = value.shape if value.layers is None else (1, *value.shape[1:])
         tspec["metadata"]["chunks"] = list(chunks)
         async with self._turn:
+            if self._stopped.is_set():
+                return
             array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
             for i, piece in enumerate(value.pieces()):
                 await (array if value.layers is None else array[i]).write(piece)
                 self._on_bytes(piece.nbytes)
+                if self._stopped.is_set():  # an error here would leave the others' writes alone
+                    return
 
 
 def write_params(
@@ -94,17 +101,35 @@ def write_params(
 ) -> str:
     """Writes parameters as an Orbax tree with flat names; returns their fingerprint.
 
+    Orbax's own threads would go on writing after a signal has left ``save``, so it runs in a
+    thread that is always waited for: a signal lets it end after the piece at hand. Once this
+    function has been left, nothing more is written.
+
     Args:
       directory: that must not exist.
       params: path → values.
       on_bytes: told of every piece that is on disk.
     """
-    registry = ocp.type_handlers.create_type_handler_registry((LazyArray, _LazyHandler(on_bytes)))
+    stopped, writing = threading.Event(), threading.Lock()
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (LazyArray, _LazyHandler(on_bytes, stopped))
+    )
     handler = ocp.PyTreeCheckpointHandler(
         use_ocdbt=False, use_compression=False, type_handler_registry=registry
     )
-    with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(directory, args=ocp.args.PyTreeSave(params))
+
+    def save() -> None:
+        with writing:
+            if not stopped.is_set():
+                checkpointer.save(directory, args=ocp.args.PyTreeSave(params))
+
+    with ocp.Checkpointer(handler) as checkpointer, ThreadPoolExecutor(1) as writer:
+        try:
+            writer.submit(save).result()
+        except BaseException:
+            stopped.set()
+            with writing:  # an executor does not know of a thread during whose start it was left
+                raise
     return fingerprint({path: value.digest for path, value in params.items()})
 
 

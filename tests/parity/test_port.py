@@ -339,11 +339,17 @@ sys.exit(port.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_conversion_leaves_no_checkpoint(number, hugging_face, tmp_path):
+BEGUN, WRITING = ".ours.partial-*", ".ours.partial-*/params*/**/0.*"
+
+
+@pytest.mark.parametrize(
+    ("number", "seen"),
+    [(signal.SIGTERM, BEGUN), (signal.SIGTERM, WRITING), (signal.SIGKILL, WRITING)],
+)
+def test_an_interrupted_conversion_leaves_no_checkpoint(number, seen, hugging_face, tmp_path):
     arguments = ("import", "--src", hugging_face, "--dst", tmp_path / "ours")
     process = command(*arguments, program=("-c", SLOW_DISK))
-    while process.poll() is None and not list(tmp_path.glob(".ours.partial-*")):
+    while process.poll() is None and not list(tmp_path.glob(seen)):
         time.sleep(0.005)
     process.send_signal(number)
     process.communicate()

@@ -45,7 +45,7 @@ def test_an_id_twice_an_empty_split_and_another_form_are_refused():
         read(GOOD, split="val")
 
     def wrong(*_):
-        return [5["x"]]
+        return [len(5)]
 
     with pytest.raises(DataError, match=r"another form than is read \(TypeError"):
         read(reader=wrong)
