@@ -90,7 +90,7 @@ DEV := $(STAMP)-dev $(ACCELERATED)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install quickstart test check-latest check-transformers check-real-weights check-port \
-  check-beam check-wheel check-demo check-openai check-lmms-eval check-captions check-tasks check-eval-kills check-curves check-faults check-serve check-hostile check-int8 check-memory check-stream check-full-size check-gpu-program memory-table late-questions bench lint typecheck format lock clean
+  check-beam check-wheel check-demo check-openai check-lmms-eval check-captions check-tasks check-reproduce check-eval-kills check-curves check-faults check-serve check-hostile check-int8 check-memory check-stream check-full-size check-gpu-program memory-table late-questions bench lint typecheck format lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
@@ -173,6 +173,9 @@ check-demo: requirements-dev.txt ## drive the page of `adacm2 demo` in headless 
 
 check-tasks: $(DEV) ## every benchmark in miniature: built, read back, a training step, an evaluation (needs Java, for captions)
 	$(PY) benchmarks/check_tasks.py
+
+check-reproduce: $(DEV) ## run every command of docs/reproduce.md on a miniature
+	$(PY) benchmarks/check_reproduce.py
 
 check-captions: $(DEV) ## score captions with METEOR, which needs Java, and compare with published figures
 	$(PY) benchmarks/check_captions.py
