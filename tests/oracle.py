@@ -16,9 +16,10 @@ U = 2.0**-24
 def kept_counts(policy: str, n: int, rho: Fraction, beta: Fraction, limit: int) -> tuple[int, int]:
     """(newest tokens that stay whole, older ones that stay by rank) of ``n`` live tokens.
 
-    ``limit`` is the capacity of ``budget``, and ``max_frames · P`` of ``full``.
+    ``limit`` is the capacity of ``budget``, ``max_frames · P`` of ``full``, and
+    ``(recent_frames − 1) · P`` of ``recent_frames``.
     """
-    if policy == "full":
+    if policy in ("full", "recent_frames"):
         return min(n, limit), 0
     if policy == "budget":
         newest = (rho * limit).__floor__()
@@ -82,13 +83,17 @@ class Step:
 class RaggedMemory:
     """What one layer remembers of one video."""
 
-    def __init__(self, policy: str, rho, beta, limit: int = 0, novelty: float = 0.0):
-        self.policy, self.limit, self.novelty = policy, limit, novelty
+    def __init__(
+        self, policy: str, rho, beta, limit: int = 0, novelty: float = 0.0, decay: float = 0.0
+    ):
+        self.policy, self.limit, self.novelty, self.decay = policy, limit, novelty, decay
         self.rho, self.beta = Fraction(str(rho)), Fraction(str(beta))
         self.tokens: list[tuple[int, int]] = []
         self.keys: list[np.ndarray] = []
         self.values: list[np.ndarray] = []
         self.ranks: list[Fraction] = []
+        self.scores: list[float] = []
+        self.score_error = self.score_slack = 0.0
         self.frames = 0
 
     def see(self, query, key, value, *, scoring, ranks=None) -> Step:
@@ -130,11 +135,19 @@ class RaggedMemory:
             size = keys.shape[0] * keys.shape[2]
             slack = (1 - self.novelty) * (2 * score_error + U) + self.novelty * (2 * size + 8) * U
             score_error = 3 * U
+        if self.decay:
+            held = len(self.scores)
+            score = np.array(score)
+            score[:held] = (1 - self.decay) * score[:held] + self.decay * np.array(self.scores)
+            # A mean is no further off than its parts, but for two products and a sum.
+            score_error = self.score_error = max(score_error, self.score_error) + 3 * U
+            slack = self.score_slack = max(slack, self.score_slack)
+            self.scores = list(score)
 
         newest, count = kept_counts(self.policy, n, self.rho, self.beta, self.limit)
         ranking = sorted(range(n - newest), key=lambda i: -score[i])  # stable: ties to the oldest
         stay = sorted(ranking[:count]) + list(range(n - newest, n))
-        self._last = (live, self.keys, self.values, self.ranks)
+        self._last = (live, self.keys, self.values, self.ranks, self.scores)
         self._keep(stay)
         return Step(
             output=output,
@@ -149,13 +162,13 @@ class RaggedMemory:
 
     def adopt(self, kept: list[tuple[int, int]]) -> None:
         """Goes on from another selection of the last frame."""
-        self.tokens, self.keys, self.values, self.ranks = self._last
+        self.tokens, self.keys, self.values, self.ranks, self.scores = self._last
         self._keep([self.tokens.index(token) for token in kept])
 
     def _keep(self, stay: list[int]) -> None:
-        for name in ("tokens", "keys", "values", "ranks"):
-            items = getattr(self, name)
-            setattr(self, name, [items[i] for i in stay])
+        for name in ("tokens", "keys", "values", "ranks", "scores"):
+            if items := getattr(self, name):
+                setattr(self, name, [items[i] for i in stay])
 
 
 def _novelty(keys) -> np.ndarray:

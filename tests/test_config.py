@@ -66,6 +66,27 @@ REFUSED = {
     ),
     "endless full": (lambda: MemoryConfig("full"), "memory.max_frames 0 'full' longest"),
     "no budget": (lambda: MemoryConfig("budget", capacity=-1), "memory.capacity -1 'budget'"),
+    "no frames": (
+        lambda: MemoryConfig("recent_frames"),
+        "memory.recent_frames 0 'recent_frames' 1 or more",
+    ),
+    "decay": (lambda: MemoryConfig(decay=1.5), "memory.decay [0, 1] 1.5"),
+    "decay of nothing": (
+        lambda: MemoryConfig("random", decay=0.5),
+        "memory.decay 0.5 'random' 'adacm2' decay=0.0",
+    ),
+    "shared choice of nothing": (
+        lambda: MemoryConfig("recent", shared_choice=True),
+        "memory.shared_choice True 'recent' 'budget' shared_choice=False",
+    ),
+    "shared choice by novelty": (
+        lambda: MemoryConfig(novelty=1.0, shared_choice=True),
+        "memory.shared_choice memory.novelty = 1 lower",
+    ),
+    "shared choice of unlike layers": (
+        lambda: MemoryConfig(recent_ratio="0.1,0.2", shared_choice=True),
+        "memory.shared_choice memory.recent_ratio one value",
+    ),
     "preset": (lambda: memory_preset("eq7"), "memory preset 'eq7' eq8 eq6"),
     "patches": (
         lambda: VisionConfig(patch_size=15),

@@ -45,10 +45,11 @@ _LEAST = float(jnp.finfo(jnp.float32).min)
 
 
 def fits(memory: VideoMemory, retention: Retention) -> bool:
-    """Whether the kernels can do it: a rank by attention alone, and heads whose width is a power of
-    two, from 16 on."""
+    """Whether the kernels can do it: a rank by this frame's attention alone, each layer's own, and
+    heads whose width is a power of two, from 16 on."""
     width = memory.key.shape[-1]
-    by_attention = retention.ranking == ATTENTION and not retention.novelty
+    mixed = retention.novelty or retention.decay or retention.shared
+    by_attention = retention.ranking == ATTENTION and not mixed
     return by_attention and width >= _FEWEST_ROWS and width == pl.next_power_of_2(width)
 
 

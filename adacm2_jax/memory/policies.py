@@ -4,21 +4,23 @@ After a frame, ``n`` tokens of a layer are live. Each policy keeps the newest ``
 whole and, of the older ones, the ``older[n]`` that rank highest; all else is dropped. That one
 mechanism (``slots.retain``) serves them all:
 
-=========  =====================  ===============  =============================================
-policy     recent[n]              older[n]         ranked by
-=========  =====================  ===============  =============================================
-adacm2     ⌊ρn⌋                   ⌊β(n − ⌊ρn⌋)⌋    cross-attention that the token has just received
-full       min(n, capacity)       0                (the newest stay once max_frames are exceeded)
-recent     as many as adacm2      0                (the newest stay)
-uniform    0                      as many          an even stride over all tokens of the video
-random     0                      as many          a random number drawn when the token arrives
-budget     ⌊ρ·capacity⌋           the rest         cross-attention; all stay while n ≤ capacity
-=========  =====================  ===============  =============================================
+=============  ==================  ===============  ============================================
+policy         recent[n]           older[n]         ranked by
+=============  ==================  ===============  ============================================
+adacm2         ⌊ρn⌋                ⌊β(n − ⌊ρn⌋)⌋    cross-attention that the token just received
+full           min(n, capacity)    0                (the newest stay once max_frames are there)
+recent         as many as adacm2   0                (the newest stay)
+recent_frames  min(n, capacity)    0                (the newest stay: N − 1 frames)
+uniform        0                   as many          an even stride over all tokens of the video
+random         0                   as many          a random number drawn when the token arrives
+budget         ⌊ρ·capacity⌋        the rest         cross-attention; all stay while n ≤ capacity
+=============  ==================  ===============  ============================================
 
 The policy ``merge`` drops nothing, so it has no counts: it is in ``banks.py``.
 
 With ``memory.novelty`` the attention of ``adacm2`` and ``budget`` is mixed with how unlike all
-older tokens a token is (``slots.novelty``).
+older tokens a token is (``slots.novelty``); with ``memory.decay`` a score is a running mean; with
+``memory.shared_choice`` all layers keep the tokens with the highest mean score.
 
 ``recent``, ``uniform`` and ``random`` keep exactly as many tokens as ``adacm2`` with the same ρ and
 β, after every frame and in every layer, so that a comparison differs in *which* tokens alone.
@@ -41,6 +43,7 @@ _RANKING = {
     "adacm2": ATTENTION,
     "full": ATTENTION,
     "recent": ATTENTION,
+    "recent_frames": ATTENTION,
     "budget": ATTENTION,
     "uniform": STRIDE,
     "random": RANDOM,
@@ -57,6 +60,8 @@ class RetentionPlan:
       older: int32[L, C + P + 1], tokens kept by rank, likewise.
       ranking: ``attention``, ``stride`` or ``random``.
       novelty: its share in the rank by attention, see ``MemoryConfig``.
+      decay: the share of a token's score before in its score now.
+      shared: whether all layers keep the same tokens, by their mean score.
     """
 
     capacity: int
@@ -64,6 +69,8 @@ class RetentionPlan:
     older: np.ndarray
     ranking: str
     novelty: float = 0.0
+    decay: float = 0.0
+    shared: bool = False
 
 
 def retention_counts(n: int, recent_ratio: Fraction, conserve_ratio: Fraction) -> tuple[int, int]:
@@ -101,11 +108,13 @@ def retention_plan(config: MemoryConfig, tokens_per_frame: int, num_layers: int)
     """
     if config.policy not in _RANKING:
         raise ValueError(f"policy {config.policy!r} has no counts of tokens to plan: see banks.py")
-    if config.policy == "full":
-        capacity = config.max_frames * tokens_per_frame
+    if config.policy in ("full", "recent_frames"):
+        # Of N frames that an answer is read from the newest one is not held: it has just come.
+        frames = config.max_frames if config.policy == "full" else config.recent_frames - 1
+        capacity = frames * tokens_per_frame
         recent = np.minimum(np.arange(capacity + tokens_per_frame + 1), capacity)
         recent = np.tile(recent, (num_layers, 1))
-        return _plan(capacity, recent, 0 * recent, ATTENTION)
+        return _plan(config, capacity, recent, 0 * recent)
 
     rhos = _per_layer("recent_ratio", config.recent_ratio, num_layers)
     if config.policy == "budget":
@@ -114,7 +123,7 @@ def retention_plan(config: MemoryConfig, tokens_per_frame: int, num_layers: int)
         shares = np.array([[int(rho * config.capacity)] for rho in rhos])
         recent = np.where(crowded, shares, live)
         older = np.where(crowded, config.capacity - shares, 0)
-        return _plan(config.capacity, recent, older, ATTENTION, config.novelty)
+        return _plan(config, config.capacity, recent, older)
 
     betas = _per_layer("conserve_ratio", config.conserve_ratio, num_layers)
     capacity = max(map(capacity_bound, [tokens_per_frame] * num_layers, rhos, betas))
@@ -129,7 +138,7 @@ def retention_plan(config: MemoryConfig, tokens_per_frame: int, num_layers: int)
         recent, older = recent + older, 0 * older
     elif config.policy != "adacm2":
         recent, older = 0 * recent, recent + older
-    return _plan(capacity, recent, older, _RANKING[config.policy], config.novelty)
+    return _plan(config, capacity, recent, older)
 
 
 def newest_instead(config: MemoryConfig, tokens_per_frame: int) -> MemoryConfig | None:
@@ -140,18 +149,17 @@ def newest_instead(config: MemoryConfig, tokens_per_frame: int) -> MemoryConfig 
       tokens_per_frame: P.
 
     Returns:
-      None where both would hold the same: ``full`` drops nothing, and ``recent`` is the newest.
+      None where both would hold the same: ``full`` drops nothing, the others are the newest.
     """
-    if config.policy in ("full", "recent"):
+    if config.policy in ("full", "recent", "recent_frames"):
         return None
+    plain = dataclasses.replace(config, novelty=0.0, decay=0.0, shared_choice=False)
     if config.policy in ("budget", "merge"):  # their size is no matter of the ratios
         capacity = config.capacity
         if config.policy == "merge":
             capacity = config.bank_frames * tokens_per_frame
-        return dataclasses.replace(
-            config, policy="budget", capacity=capacity, recent_ratio=1, novelty=0.0
-        )
-    return dataclasses.replace(config, policy="recent", novelty=0.0)
+        return dataclasses.replace(plain, policy="budget", capacity=capacity, recent_ratio=1)
+    return dataclasses.replace(plain, policy="recent")
 
 
 def bound_of(config: AdaCM2Config) -> int:
@@ -174,7 +182,7 @@ def layers_alike(config: AdaCM2Config) -> bool:
     """Whether all layers hold the same tokens, in the same slots, whatever they attend to."""
     plan = plan_for(config)
     alike = (plan.recent == plan.recent[0]).all() and (plan.older == plan.older[0]).all()
-    return bool(alike) and (not plan.older.any() or plan.ranking == STRIDE)
+    return bool(alike) and (not plan.older.any() or plan.ranking == STRIDE or plan.shared)
 
 
 def arrival_rank(
@@ -226,7 +234,14 @@ def _per_layer(field: str, value, num_layers: int) -> list[Fraction]:
 
 
 def _plan(
-    capacity: int, recent: np.ndarray, older: np.ndarray, ranking: str, novelty: float = 0.0
+    config: MemoryConfig, capacity: int, recent: np.ndarray, older: np.ndarray
 ) -> RetentionPlan:
-    counts = recent.astype(np.int32), older.astype(np.int32)
-    return RetentionPlan(capacity, *counts, ranking, novelty)
+    return RetentionPlan(
+        capacity,
+        recent.astype(np.int32),
+        older.astype(np.int32),
+        _RANKING[config.policy],
+        config.novelty,
+        config.decay,
+        config.shared_choice,
+    )

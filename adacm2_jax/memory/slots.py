@@ -6,7 +6,8 @@ This file is the method (AdaCM², arXiv 2411.12593, Sec. 3). For every frame, in
 2. :func:`attend` to everything that is live, the new frame included (attend first, prune after);
 3. :func:`retain` the newest tokens and those older ones that the queries attended to most.
 
-:func:`read_frame` joins the three, :func:`read_frames` scans it over the frames of a chunk.
+:func:`read_frame` joins the three, :func:`read_frames` scans it over the frames of a chunk. Where
+all layers are to keep the same tokens, :func:`retain_together` takes the place of the third.
 
 Keys and values are written once and never moved. A memory of capacity C for frames of P tokens has
 ``S = C + P`` slots, and one small permutation, ``slots``, says where each token is: its first
@@ -171,6 +172,10 @@ class Retention(struct.PyTreeNode):
     ranking: str = struct.field(pytree_node=False)
     #: The share of novelty in a rank by attention.
     novelty: float = struct.field(pytree_node=False, default=0.0)
+    #: The share of a token's score before in its score now.
+    decay: float = struct.field(pytree_node=False, default=0.0)
+    #: Whether all layers keep the same tokens: :func:`retain_together` drops the others.
+    shared: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def reads_attention(self) -> bool:
@@ -349,11 +354,34 @@ def read_frame(
             score = score / jnp.max(score, axis=1, keepdims=True)  # both in [0, 1]
             score = (1 - retention.novelty) * score + retention.novelty * novelty(memory)
         score = jax.lax.stop_gradient(score).astype(memory.score.dtype)
+        if retention.decay:  # a token that has just come has its first score
+            running = (1 - retention.decay) * score + retention.decay * memory.score
+            score = jnp.where(memory.frame == frame.index[:, None], score, running)
         memory = memory.replace(score=jnp.where(frame.valid[:, None], score, memory.score))
     if dropout is not None:
         probs = dropout(probs)
     output = jnp.einsum("bhns,bhsd->bhnd", probs.astype(frame.value.dtype), memory.value)
+    if retention.shared:
+        return output, memory
     return output, retain(memory, count, retention, frame.valid)
+
+
+def retain_together(
+    memory: VideoMemory, retention: Retention, tokens: int, valid: jax.Array
+) -> VideoMemory:
+    """Keeps the same tokens in all layers: the newest, and the older ones by their mean score.
+
+    Args:
+      memory: of all layers, which have read a frame; all hold the same tokens in the same slots.
+      retention: the counts of all layers, which are the same.
+      tokens: P, of the frame.
+      valid: bool[B]; where false the frame is padding and nothing changes.
+    """
+    mean = jnp.broadcast_to(memory.score.mean(0), memory.score.shape)
+    memory = memory.replace(score=jnp.where(valid[:, None], mean, memory.score))
+    return jax.vmap(lambda layer, counts: retain(layer, layer.length + tokens, counts, valid))(
+        memory, retention
+    )
 
 
 def read_frames(

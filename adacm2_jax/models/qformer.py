@@ -7,7 +7,8 @@ and text rows (lavis/models/blip2_models/Qformer.py; post-norm, epsilon 1e-12, e
 The queries restart at every frame and a layer's memory depends on that layer alone, so the loops
 may be swapped: a chunk of F frames goes through layer 0, then through layer 1, and so on. Within a
 layer everything is computed for all F frames at once, in large matrix products; only the memory is
-scanned frame by frame. The result is that of one frame after the other.
+scanned frame by frame. The result is that of one frame after the other. (Where all layers keep the
+same tokens, ``memory.shared_choice``, nothing can be swapped: frames do come one after the other.)
 
 Axes: B videos, F frames of a chunk, N queries, R text tokens, E width, H heads, D head width,
 P visual tokens a frame, V vision width, L cross-attention layers.
@@ -29,6 +30,7 @@ from adacm2_jax.memory.slots import (
     Retention,
     VideoMemory,
     read_frames,
+    retain_together,
     store_frames,
 )
 from adacm2_jax.models.layers import (
@@ -350,6 +352,8 @@ class QFormer(nn.Module):
             max_older=int(plan.older.max()),
             ranking=plan.ranking,
             novelty=plan.novelty,
+            decay=plan.decay,
+            shared=plan.shared,
         )
 
     def project(self, features: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -384,9 +388,7 @@ class QFormer(nn.Module):
           The query rows after each frame, [B, F, N, E], and the memory after the last frame.
         """
         c = self.config
-        batch, num_frames = text_ids.shape[0], frames.index.shape[0]
         x = input_rows(self, c, text_ids, frames.key.dtype, deterministic)
-        x = jnp.broadcast_to(x[:, None], (batch, num_frames) + x.shape[1:])
         groups = nn.scan(
             rematerialised(Group, self.remat),
             variable_axes={"params": 0},
@@ -397,10 +399,31 @@ class QFormer(nn.Module):
             unroll=c.num_cross_layers if self.fused_memory else 1,
         )
         settings = c, self.memory_config.score_rows, deterministic, self.fused_memory
-        x, memory = groups(*settings, name="groups")(
-            x,
-            text_mask,
-            (frames.index, frames.valid),
-            (frames.key, frames.value, memory, retention),
+        layers = groups(*settings, name="groups")
+
+        def read(layers, memory, frames):
+            rows = jnp.broadcast_to(x[:, None], (len(x), len(frames.index)) + x.shape[1:])
+            numbers, inputs = (frames.index, frames.valid), (frames.key, frames.value)
+            rows, memory = layers(rows, text_mask, numbers, (*inputs, memory, retention))
+            return rows[:, :, : c.num_queries], memory
+
+        if not retention.shared:
+            return read(layers, memory, frames)
+
+        def read_one(layers, memory, key, value, index, valid):
+            one = Frames(key[:, None], value[:, None], index[None], valid[None])
+            queries, memory = read(layers, memory, one)
+            return retain_together(memory, retention, key.shape[-2], valid), queries[:, 0]
+
+        # What a layer keeps of a frame is known when all have read it: no loop may be swapped.
+        one_by_one = nn.scan(
+            read_one,
+            variable_broadcast="params",
+            split_rngs={"params": False, "dropout": True},
+            in_axes=(1, 1, 0, 0),
+            out_axes=1,
         )
-        return x[:, :, : c.num_queries], memory
+        memory, queries = one_by_one(
+            layers, memory, frames.key, frames.value, frames.index, frames.valid
+        )
+        return queries, memory

@@ -229,7 +229,7 @@ class Experiment:
             if policy == "full":
                 options["max_frames"] = frames
             if policy not in SCORED:  # the others are what it is compared with
-                options["novelty"] = 0.0
+                options |= dict(novelty=0.0, decay=0.0, shared_choice=False)
             memory = dataclasses.replace(self.model.memory, **options)
             check_memory(dataclasses.replace(self.model, memory=memory))
             memories[policy] = memory

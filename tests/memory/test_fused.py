@@ -113,7 +113,8 @@ def test_a_padded_frame_may_hold_anything():
 def test_what_the_kernels_cannot_do_is_left_to_xla():
     memory, retention = start(memory_preset("eq8"), 7)
     assert fits(memory, retention)
-    assert not fits(memory, dataclasses.replace(retention, novelty=0.5))
+    for other in (dict(novelty=0.5), dict(decay=0.5), dict(shared=True)):
+        assert not fits(memory, dataclasses.replace(retention, **other))
     assert not fits(memory, dataclasses.replace(retention, ranking="random"))
     assert not fits(memory.replace(key=memory.key[..., :12]), retention)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 
-from adacm2_jax.config import MemoryConfig
+from adacm2_jax.config import SCORED, MemoryConfig
 from adacm2_jax.memory.policies import RANDOM, arrival_rank, retention_plan
 from adacm2_jax.memory.slots import (
     Frames,
@@ -28,18 +28,20 @@ ROOM = 24
 STEP = jax.jit(read_frame)
 SCAN = jax.jit(read_frames)
 DRAW = jax.jit(arrival_rank, static_argnums=(0, 2))
-#: Tokens a frame, the policies that share a compiled step, the rows that score, and the share of
-#: novelty.
+#: Tokens a frame, the policies that share a compiled step, the rows that score, and the shares of
+#: novelty and of the score before.
 VARIANTS = [
-    (1, ("adacm2", "recent", "budget", "full"), "query", 0.0),
-    (3, ("adacm2", "recent", "budget", "full"), "query", 0.0),
-    (5, ("adacm2", "recent", "budget", "full"), "query", 0.0),
-    (3, ("adacm2",), "text", 0.0),
-    (5, ("adacm2", "budget"), "query+text", 0.0),
-    (3, ("adacm2", "budget"), "query", 0.5),
-    (5, ("adacm2", "budget"), "text", 1.0),
-    (3, ("uniform",), "query", 0.0),
-    (5, ("random",), "query", 0.0),
+    (1, ("adacm2", "recent", "budget", "full", "recent_frames"), "query", 0.0, 0.0),
+    (3, ("adacm2", "recent", "budget", "full", "recent_frames"), "query", 0.0, 0.0),
+    (5, ("adacm2", "recent", "budget", "full", "recent_frames"), "query", 0.0, 0.0),
+    (3, ("adacm2",), "text", 0.0, 0.0),
+    (5, ("adacm2", "budget"), "query+text", 0.0, 0.0),
+    (3, ("adacm2", "budget"), "query", 0.5, 0.0),
+    (5, ("adacm2", "budget"), "text", 1.0, 0.0),
+    (3, ("adacm2", "budget"), "query", 0.0, 0.5),
+    (5, ("adacm2",), "text", 0.5, 0.5),
+    (3, ("uniform",), "query", 0.0, 0.0),
+    (5, ("random",), "query", 0.0, 0.0),
 ]
 
 
@@ -110,6 +112,7 @@ def prepare(config: MemoryConfig, tokens: int, clip: Clip, room: int | None = No
             max_older=int(plan.older.max()) if room is None else capacity + tokens,
             ranking=plan.ranking,
             novelty=plan.novelty,
+            decay=plan.decay,
         )
         for layer in range(2)
     ]
@@ -118,7 +121,11 @@ def prepare(config: MemoryConfig, tokens: int, clip: Clip, room: int | None = No
 
 
 def oracles(config: MemoryConfig, tokens: int) -> list[list[RaggedMemory]]:
-    limit = config.capacity if config.policy == "budget" else config.max_frames * tokens
+    limit = {
+        "budget": config.capacity,
+        "full": config.max_frames * tokens,
+        "recent_frames": (config.recent_frames - 1) * tokens,
+    }.get(config.policy, 0)
 
     def ratio(value, layer):
         return value[layer] if isinstance(value, tuple) else value
@@ -131,6 +138,7 @@ def oracles(config: MemoryConfig, tokens: int) -> list[list[RaggedMemory]]:
                 ratio(config.conserve_ratio, layer),
                 limit,
                 config.novelty,
+                config.decay,
             )
             for _ in range(BATCH)
         ]
@@ -210,7 +218,7 @@ percent = st.integers(0, 95).map(lambda p: f"0.{p:02}")
 
 
 @st.composite
-def configs(draw, policies, tokens, novelty):
+def configs(draw, policies, tokens, novelty, decay):
     policy = draw(st.sampled_from(policies))
     ratios = {
         name: draw(st.one_of(percent, st.tuples(percent, percent)))
@@ -219,19 +227,21 @@ def configs(draw, policies, tokens, novelty):
     config = MemoryConfig(
         policy=policy,
         max_frames=draw(st.integers(1, ROOM // tokens)),
+        recent_frames=draw(st.integers(1, ROOM // tokens + 1)),
         capacity=draw(st.integers(1, ROOM)),
-        novelty=novelty,
+        novelty=novelty if policy in SCORED else 0.0,
+        decay=decay if policy in SCORED else 0.0,
         **ratios,
     )
     assume(retention_plan(config, tokens, 2).capacity <= ROOM)
     return config
 
 
-@pytest.mark.parametrize(("tokens", "policies", "rows", "novelty"), VARIANTS)
-def test_keeps_and_outputs_what_the_ragged_memory_does(tokens, policies, rows, novelty):
+@pytest.mark.parametrize(("tokens", "policies", "rows", "novelty", "decay"), VARIANTS)
+def test_keeps_and_outputs_what_the_ragged_memory_does(tokens, policies, rows, novelty, decay):
     @settings(max_examples=15)
     @given(
-        config=configs(policies, tokens, novelty),
+        config=configs(policies, tokens, novelty, decay),
         valid=st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=12),
         seed=st.integers(0, 2**32 - 1),
         spread=st.sampled_from([0.0, 1.0, 2.0]),
@@ -255,7 +265,10 @@ def test_keeps_and_outputs_what_the_ragged_memory_does(tokens, policies, rows, n
         MemoryConfig(policy="random", recent_ratio="0.1", conserve_ratio="0.5"),
         MemoryConfig(policy="budget", capacity=13, recent_ratio="0.3"),
         MemoryConfig(policy="budget", capacity=7, recent_ratio="0.3", novelty=1.0),
+        MemoryConfig(policy="budget", capacity=11, recent_ratio="0.2", decay=0.5),
         MemoryConfig(policy="full", max_frames=4),
+        MemoryConfig(policy="recent_frames", recent_frames=1),
+        MemoryConfig(policy="recent_frames", recent_frames=4),
     ],
     ids=lambda config: f"{config.policy}-{config.recent_ratio}",
 )

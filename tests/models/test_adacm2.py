@@ -98,6 +98,58 @@ def one_by_one(world):
 # Streaming --------------------------------------------------------------------------------------
 
 
+def test_layers_that_choose_together_remember_the_same_whatever_the_chunks(world):
+    memory = MemoryConfig(recent_ratio="0.1", conserve_ratio="0.3", shared_choice=True)
+    config = dataclasses.replace(CONFIG, memory=memory)
+    step, valid = reader(config), np.ones((BATCH, FRAMES), bool)
+    valid[0, 3] = valid[1, :2] = False
+    ends = []
+    for size in (FRAMES, 1):
+        state = init_state(config, jnp.full(BATCH, FRAMES))
+        for first in range(0, FRAMES, size):
+            part = slice(first, first + size)
+            state = step(
+                world.params, world.features[:, part], valid[:, part], make_question(), state
+            )
+        ends.append(state)
+        first_layer, *others = tokens_of(state.memory)
+        assert all(layer == first_layer for layer in others)
+    assert tokens_of(ends[0].memory) == tokens_of(ends[1].memory)
+    np.testing.assert_allclose(ends[0].queries, ends[1].queries, atol=ROUNDING)
+    alone = step(
+        world.params,
+        world.features[:1],
+        valid[:1],
+        jax.tree.map(lambda leaf: leaf[:1], make_question()),
+        init_state(config, jnp.full(1, FRAMES)),
+    )
+    assert tokens_of(alone.memory) == [layer[:1] for layer in tokens_of(ends[0].memory)]
+
+
+def test_an_answer_from_recent_frames_knows_nothing_older(world):
+    memory = MemoryConfig(policy="recent_frames", recent_frames=3)
+    step = reader(dataclasses.replace(CONFIG, memory=memory))
+    every = reader(dataclasses.replace(CONFIG, memory=MemoryConfig("full", max_frames=3)))
+    config = dataclasses.replace(CONFIG, memory=memory)
+    valid = jnp.ones((BATCH, FRAMES), bool)
+    state = step(
+        world.params,
+        world.features,
+        valid,
+        make_question(),
+        init_state(config, jnp.full(BATCH, FRAMES)),
+    )
+    assert [{frame for frame, _ in video} for video in tokens_of(state.memory)[0]] == [{6, 7}] * 2
+    # Reading the last three frames alone, at their places, gives the same.
+    short = init_state(
+        dataclasses.replace(CONFIG, memory=MemoryConfig("full", max_frames=3)),
+        jnp.full(BATCH, FRAMES),
+    )
+    short = short.replace(frames_seen=jnp.full(BATCH, FRAMES - 3))
+    short = every(world.params, world.features[:, -3:], valid[:, -3:], make_question(), short)
+    np.testing.assert_allclose(state.queries, short.queries, atol=ROUNDING)
+
+
 def test_selections_in_these_tests_are_clear(one_by_one):
     """No score at the cut is so close to its neighbour that rounding might swap the two."""
     plan = plan_for(CONFIG)

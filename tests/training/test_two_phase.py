@@ -37,6 +37,11 @@ MEMORIES = {
     "text rows": MemoryConfig(recent_ratio="0.3", conserve_ratio="0.6", score_rows="query+text"),
     "budget": MemoryConfig(policy="budget", capacity=13, recent_ratio="0.4"),
     "full": MemoryConfig(policy="full", max_frames=50),
+    "recent frames": MemoryConfig(policy="recent_frames", recent_frames=3),
+    "running score": MemoryConfig(**RATIOS, decay=0.5),
+    "one choice for all layers": MemoryConfig(
+        recent_ratio="0.3", conserve_ratio="0.6", shared_choice=True
+    ),
     "recent by layer": MemoryConfig(policy="recent", **RATIOS),
     "uniform": MemoryConfig(policy="uniform", recent_ratio="0.3", conserve_ratio="0.6"),
     "random": MemoryConfig(policy="random", recent_ratio="0.3", conserve_ratio="0.6"),
