@@ -30,7 +30,7 @@ from adacm2_jax.errors import UserError
 from benchmarks._clips import Clip, as_png, make_clips
 from benchmarks._server import ROOT, Server
 
-CLIPS, FRAMES = 40, 16
+CLIPS, FRAMES = 200, 16
 #: Of the task in LVU's form, and the windows of each of its clips, seconds.
 MORE_CLIPS, WINDOWS = 100, ((0.0, 16.0), (4.0, 16.0))
 QUESTIONS = MORE_CLIPS * len(WINDOWS)

@@ -35,10 +35,12 @@ Not as there:
   `--config.eval.select=val`.
 """
 
+from pathlib import Path
+
 import ml_collections
 
 from adacm2_jax.config import instructblip_vicuna_7b
-from adacm2_jax.tasks.task import every
+from adacm2_jax.tasks.task import every, find
 from configs.base import base_config, benchmark_config
 
 
@@ -55,6 +57,8 @@ def get_config(arguments: str = "weights,train.jsonl,test.jsonl") -> ml_collecti
         )
         config.data.jitter = False  # windows have their frames
         return config
+    if not Path(first).suffix:  # no file of JSON lines
+        find(first)  # says which tasks there are
     return _of_lines(arguments)
 
 

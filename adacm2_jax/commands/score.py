@@ -3,6 +3,7 @@
 import argparse
 import json
 import pathlib
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +40,8 @@ def add_flags(made: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Prints the figures; returns the exit status. Imports no JAX."""
+    if hasattr(signal, "SIGPIPE"):  # `… | head` ends it like every command that prints
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         _run(args)
     except UserError as error:

@@ -21,6 +21,8 @@ def read_json(directory: Path, name: str, kind: type) -> Any:
     """
     path = directory / name
     where = printable(str(path))
+    if path.exists() and not path.is_file():
+        raise DataError(f"{where}: is no file; name the directory that holds the annotation")
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:

@@ -8,13 +8,14 @@ with the videos of a directory, ``data/<name>/builder.py`` writes them as record
 
 import dataclasses
 import importlib
+import logging
 import math
 import pkgutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from adacm2_jax.errors import DataError, UserError, check_text, printable
+from adacm2_jax.errors import DataError, UserError, check_text, printable, reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,11 +88,15 @@ def every() -> dict[str, Task]:
     """All tasks by name, of all files beside this one."""
     package = importlib.import_module(__package__)
     tasks: dict[str, Task] = {}
-    for module in sorted(found.name for found in pkgutil.iter_modules(package.__path__)):
-        tasks |= {
-            task.name: task
-            for task in getattr(importlib.import_module(f"{__package__}.{module}"), "TASKS", ())
-        }
+    for name in sorted(found.name for found in pkgutil.iter_modules(package.__path__)):
+        try:
+            module = importlib.import_module(f"{__package__}.{name}")
+        except Exception as error:  # a file that somebody is writing stops no other task
+            logging.warning(
+                "%s.%s is left out, its tasks are unknown: %s", __package__, name, reason(error)
+            )
+            continue
+        tasks |= {task.name: task for task in getattr(module, "TASKS", ())}
     return tasks
 
 

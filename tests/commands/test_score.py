@@ -1,6 +1,7 @@
 """``adacm2 score``: figures of a file, without a model and without JAX."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -29,6 +30,21 @@ def predictions(tmp_path):
     path = tmp_path / "predictions.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return path
+
+
+def test_a_reader_that_has_gone_is_no_error(predictions):
+    """As in ``adacm2 score … | head``: the other end is closed before anything is printed."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "adacm2_jax.commands", "score", predictions, "--metric", "top1"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait(timeout=120) == -signal.SIGPIPE
+    assert said == ""
 
 
 def test_figures_are_printed_and_written_without_importing_jax(predictions, tmp_path):

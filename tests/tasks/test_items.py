@@ -1,11 +1,15 @@
 """Items of an annotation are checked as they are read."""
 
 import dataclasses
+import os
 
 import pytest
 
-from adacm2_jax.errors import DataError
-from adacm2_jax.tasks.task import Item, Task, items_of
+from adacm2_jax import tasks
+from adacm2_jax.errors import DataError, UserError
+from adacm2_jax.tasks.annotation import read_json
+from adacm2_jax.tasks.task import Item, Task, every, items_of
+from configs import lvu
 
 GOOD = Item("a", "v", "what?", ("tea",), ("tea", "milk"), start=0.0, end=2.0)
 
@@ -49,3 +53,22 @@ def test_an_id_twice_an_empty_split_and_another_form_are_refused():
 
     with pytest.raises(DataError, match=r"another form than is read \(TypeError"):
         read(reader=wrong)
+
+
+def test_a_task_file_that_is_broken_stops_no_other_task(tmp_path, monkeypatch, caplog):
+    (tmp_path / "unfinished.py").write_text("TASKS = (\n")
+    monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(tmp_path)])
+    assert "lvu_scene" in every()
+    assert "adacm2_jax.tasks.unfinished is left out" in caplog.text
+    assert "never closed" in caplog.text
+
+
+def test_an_annotation_that_is_no_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "questions.json")
+    with pytest.raises(DataError, match=r"questions\.json: is no file"):
+        read_json(tmp_path, "questions.json", dict)
+
+
+def test_a_task_of_lvu_that_there_is_not_is_named():
+    with pytest.raises(UserError, match=r"task 'lvu_scenes' is unknown; there are .*lvu_scene"):
+        lvu.get_config("weights,lvu_scenes,annotation,videos")
