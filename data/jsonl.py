@@ -17,7 +17,7 @@ import numpy as np
 from adacm2_jax.errors import DataError, UserError, check_text, printable
 
 _FIELDS = ("video", "question", "answer", "start", "end", "id")
-_OF_BENCHMARKS = ("answers", "choices", "at", "group", "category")
+_OF_BENCHMARKS = ("answers", "choices", "at", "group", "category", "reading")
 _MOST_REPORTED = 5
 
 
@@ -45,6 +45,8 @@ class Example:
         group: the video's name: intervals are over videos, and examples of one video that follow
             one another are read together. Empty for ``video``.
         category: results are reported by it, too.
+        reading: what is read beside the frames in place of the question, which is known with the
+            last frame alone; may be empty. None: the question is known from the first frame on.
     """
 
     id: str
@@ -58,6 +60,7 @@ class Example:
     at: float | None = None
     group: str = ""
     category: str = ""
+    reading: str | None = None
 
 
 class JsonlSource:
@@ -66,8 +69,8 @@ class JsonlSource:
     A line is an object with `video` (a path, absolute or relative to this file) and `question`;
     `answer` (needed for training and scoring), `start`, `end` (seconds) and `id` (by default the
     line number) are optional, as are what benchmarks have: `answers` instead of `answer`,
-    `choices`, `at` (seconds), `group` and `category`. Blank lines and a byte order mark are passed
-    over.
+    `choices`, `at` (seconds), `group` and `category`, and `reading` for a question that is known
+    late. Blank lines and a byte order mark are passed over.
 
     Args:
         path: the file, UTF-8.
@@ -130,7 +133,12 @@ class JsonlSource:
             (example.id, os.path.relpath(str(example.video), beside or "."), example.question)
             + (example.answer, example.start, example.end)
             # Nothing more where there is no more: it is what it was before these were read.
-            + tuple((n, getattr(example, n)) for n in _OF_BENCHMARKS if getattr(example, n))
+            + tuple(
+                (name, value)
+                for name in _OF_BENCHMARKS
+                if (value := getattr(example, name)) not in (None, "", ())
+                or (name == "reading" and value == "")
+            )
             for example in self._examples
         ]
         return hashlib.sha256(repr(lines).encode()).hexdigest()[:16]
@@ -195,6 +203,7 @@ class JsonlSource:
             at=at,
             group=_text(fields, "group", required=False) or "",
             category=_text(fields, "category", required=False) or "",
+            reading=_text(fields, "reading", required=False),
         )
 
 

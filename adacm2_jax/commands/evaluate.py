@@ -16,7 +16,7 @@ from adacm2_jax.inference.answerer import Answerer
 from adacm2_jax.inference.processor import Processor
 from adacm2_jax.progress import Progress
 from adacm2_jax.runs.experiment import Experiment
-from adacm2_jax.runs.partial import PartialPredictions, describe
+from adacm2_jax.runs.partial import PartialPredictions, describe, digest
 from adacm2_jax.scoring import captions, report
 from adacm2_jax.scoring.metrics import METRICS
 from adacm2_jax.tasks.task import Task, find
@@ -69,6 +69,8 @@ def evaluate(
         output.mkdir(parents=True, exist_ok=True)
     name = task.name if task else ""
     header = describe(experiment, answerer.digest(), source, count, name)
+    memories = {name: repr(model.config.memory) for name, model in answerer.models.items()}
+    header["memories"] = digest(memories)
     partial = PartialPredictions(output, header)
     _say(partial, count)
     failed = list(partial.failed)
@@ -105,7 +107,9 @@ def evaluate(
             ask_as=experiment.data.ask,
             rows=settings.batch_size,
             text_width=answerer.text_width(
-                experiment.data.ask(example.question) for example in itertools.islice(source, count)
+                experiment.data.ask(text)
+                for example in itertools.islice(source, count)
+                for text in {example.question, inference.read_beside(example)}
             ),
             write=write,
             failed=note,
@@ -221,7 +225,8 @@ def check_questions(
     path = getattr(source, "path", None)  # of JSON lines; what we render ourselves fits
     for example in source if path or task else ():
         try:
-            processor.questions([experiment.data.ask(example.question)])
+            texts = example.question, inference.read_beside(example)
+            processor.questions([experiment.data.ask(text) for text in texts])
             if task and task.by == "likelihood":
                 processor.candidates([""] * len(example.choices), example.choices)
         except UserError as error:

@@ -79,6 +79,9 @@ class Reading:
       rng: for sampling; the same for every policy.
       order: int32[filled-up rows], on the device: what each of them samples by.
       states: by policy.
+      before: what is read in place of the questions up to the last frame, on the device; None:
+        the questions.
+      left: int[videos], frames that each still has, where ``before`` is given.
       videos: how many there are.
       began: ``time.perf_counter()`` at the start.
       seconds: of the whole pass, from the start to the end of the latest call. Chunks are computed
@@ -91,6 +94,8 @@ class Reading:
     rng: jax.Array
     order: jax.Array
     states: dict[str, StreamState]
+    before: Question | None
+    left: np.ndarray
     videos: int
     began: float
     seconds: float = 0.0
@@ -142,6 +147,7 @@ class Answerer:
         total_frames: np.ndarray,
         seed: np.ndarray,
         text_width: int = 0,
+        before: Sequence[str] | None = None,
     ) -> Reading:
         """Empty memories for rows of questions.
 
@@ -150,10 +156,14 @@ class Answerer:
           total_frames: int[V], frames that each video will have, 0 for an open end.
           seed: uint32[V], of each video, for the random policy.
           text_width: of :meth:`text_width`; by default that of these questions.
+          before: for each question what is read in its place up to the last frame, of a question
+            that comes late: what the memory holds is then chosen without it. The lengths of the
+            videos must be known.
 
         Raises:
           UserError: if a question is too long, or policy ``full`` cannot hold a video.
-          ValueError: if the questions do not divide over the videos.
+          ValueError: if the questions do not divide over the videos, or what is read before them
+            is of another number.
         """
         began = time.perf_counter()
         texts, videos = list(questions), len(total_frames)
@@ -161,6 +171,11 @@ class Answerer:
             raise ValueError(
                 f"{len(texts)} question(s) and {len(seed)} seed(s) for {videos} video(s): give as "
                 "many questions for each video, and one length and one seed a video"
+            )
+        if before is not None and (len(before) != len(texts) or not np.all(total_frames)):
+            raise ValueError(
+                f"{len(before)} text(s) to read before {len(texts)} question(s): give one a "
+                "question, and the length of each video"
             )
         longest = int(np.max(np.asarray(total_frames)))
         for name, model in self.models.items():
@@ -176,18 +191,24 @@ class Answerer:
         order = np.minimum(np.arange(filled), each - 1) + each * np.arange(videos)[:, None]
         rows = (np.arange(each) + filled * np.arange(videos)[:, None]).reshape(-1)
         order = order.reshape(-1).astype(np.int32)
-        width = text_width or self.text_width(texts)
-        question = self._processor.questions([texts[row] for row in order], width)
+        width = text_width or self.text_width([*texts, *(before or ())])
+
+        def encoded(texts: list[str]) -> Question:
+            question = self._processor.questions([texts[row] for row in order], width)
+            return self._put(question, jax.tree.map(lambda _: ROWS, question))
+
         per_row: Any = [np.repeat(np.asarray(each), filled) for each in (total_frames, seed)]
         states = {name: init_state(model.config, *per_row) for name, model in self.models.items()}
         self._rng, rng = jax.random.split(self._rng)
         return Reading(
             texts=texts,
             rows=rows,
-            question=self._put(question, jax.tree.map(lambda _: ROWS, question)),
+            question=encoded(texts),
             rng=rng,
             order=self._put(order, ROWS),
             states={name: self._put(state, state_specs(state)) for name, state in states.items()},
+            before=None if before is None else encoded(list(before)),
+            left=np.array(total_frames),
             videos=videos,
             began=began,
             seconds=time.perf_counter() - began,
@@ -211,22 +232,35 @@ class Answerer:
                 f"frames of {len(frames)} video(s), but the reading was started for "
                 f"{reading.videos}"
             )
-        frames, valid = self._put((frames, valid), (ROWS, ROWS))
+        passes = [(valid, reading.question)]
+        if reading.before is not None:
+            number = np.cumsum(valid, axis=1)
+            last = valid & (number == reading.left[:, None])
+            passes = [(valid & ~last, reading.before), (last, reading.question)]
+            reading.left = reading.left - number[:, -1]
+        frames = self._put(frames, ROWS)
         with self._on_mesh():
             features = steps.encode(self._model, self._params, frames)
         if self._in_lock_step():
             jax.block_until_ready(features)
         # Two chunks at most are on the device: the one before ends while this one is encoded.
         jax.block_until_ready(reading.states)
+        for own, question in passes:
+            if own.any():
+                self._read(reading, features, self._put(own, ROWS), question)
+        reading.seconds = time.perf_counter() - reading.began
+
+    def _read(
+        self, reading: Reading, features: jax.Array, valid: jax.Array, question: Question
+    ) -> None:
         for name, model in self.models.items():
             state = reading.states[name]
             with self._on_mesh():
-                state = steps.read(model, self._params, features, valid, reading.question, state)
+                state = steps.read(model, self._params, features, valid, question, state)
             # Labelled alike, whatever the compiler chose: one program serves every chunk.
             reading.states[name] = self._put(state, state_specs(state))
             if self._in_lock_step():
                 jax.block_until_ready(reading.states[name])
-        reading.seconds = time.perf_counter() - reading.began
 
     def answer(self, reading: Reading, name: str, at_once: int = 0) -> list[list[Answer]]:
         """The answers under one policy: for each row the n best, best first.

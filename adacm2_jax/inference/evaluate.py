@@ -63,9 +63,12 @@ def answer_batches(
         asked = [_filled(row.examples, most) for row in batch.rows]
         spare = batch.room - len(batch.rows)
         prompts = [ask_as(example.question) for examples in asked for example in examples]
+        before = [ask_as(read_beside(example)) for examples in asked for example in examples]
+        blank = [""] * (spare * most)
         totals = np.array([row.total for row in batch.rows] + [1] * spare)
         seeds = np.array([row.number for row in batch.rows] + [0] * spare)
-        reading = answerer.start(prompts + [""] * (spare * most), totals, seeds, text_width)
+        late = before + blank if before != prompts else None
+        reading = answerer.start(prompts + blank, totals, seeds, text_width, late)
         for frames, valid in batch.chunks:
             answerer.read(reading, frames, valid)
         for row in batch.rows:
@@ -89,6 +92,12 @@ def answer_batches(
         write(lines, batch.end)
         progress.update(batch.end - done)
         done = batch.end
+
+
+def read_beside(example: Any) -> str:
+    """What is read beside the frames up to the last one: the question, unless it comes late."""
+    reading = getattr(example, "reading", None)
+    return example.question if reading is None else reading
 
 
 def _filled(examples: Sequence[Any], count: int) -> list[Any]:
@@ -135,6 +144,8 @@ def prediction(example: Any, answers: Sequence[Answer] | Likelihoods, judged: bo
     for name in ("group", "category"):
         if getattr(example, name):
             line[name] = getattr(example, name)
+    if read_beside(example) != example.question:
+        line["reading"] = example.reading
     return line
 
 

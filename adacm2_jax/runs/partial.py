@@ -47,9 +47,9 @@ def describe(
         values[section] = {k: v for k, v in values[section].items() if k not in names}
     device = jax.devices()[0].device_kind
     return {
-        "experiment": _digest(values),
+        "experiment": digest(values),
         "parameters": parameters,
-        "split": _digest([count, _what(source, count)]),
+        "split": digest([count, _what(source, count)]),
         "task": task,
         "versions": f"adacm2-jax {__version__}, jax {jax.__version__}, {device}",
     }
@@ -58,11 +58,12 @@ def describe(
 def _what(source: Sequence[Any], count: int) -> Any:
     if hasattr(source, "fingerprint"):
         return source.fingerprint()
-    shown = ("id", "question", "answer", "answers", "choices", "start", "end", "at")
-    return [[str(getattr(source[i], name)) for name in shown] for i in range(count)]
+    shown = ("id", "question", "answer", "answers", "choices", "start", "end", "at", "reading")
+    return [[str(getattr(source[i], name, None)) for name in shown] for i in range(count)]
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """A short hash of what JSON can hold."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -319,3 +319,52 @@ def test_parameters_that_hold_nan_are_an_error_not_an_answer(params, processor):
     feed(answerer, reading, frames(1, 3))
     with pytest.raises(UserError, match=r"not finite.*check the checkpoint"):
         answerer.answer(reading, "adacm2")
+
+
+# --- Questions that come late ---------------------------------------------------------------------
+
+
+def read_late(answerer, questions, before, video, chunk):
+    """Queries by policy, and what is kept, if questions come with the last frame."""
+    counts = np.full(len(video), video.shape[1])
+    seeds = np.arange(len(video), dtype=np.uint32)
+    reading = answerer.start(questions, counts, seeds, before=before)
+    feed(answerer, reading, video, chunk)
+    kept = {
+        name: [answerer.kept_patches(reading, name, row) for row in range(len(questions))]
+        for name in reading.states
+    }
+    return {name: np.asarray(state.queries) for name, state in reading.states.items()}, kept
+
+
+def same(one, other) -> bool:
+    return jax.tree.all(jax.tree.map(np.array_equal, one, other))
+
+
+def test_a_question_that_comes_with_the_last_frame_has_chosen_nothing_before(make):
+    answerer, video = make(), frames(2, 6)
+    asked, other = [QUESTION] * 2, ["3"] * 2
+    known = read_late(answerer, asked, None, video, 3)
+    # Read beside the question itself, it is the question that is known.
+    np.testing.assert_equal(read_late(answerer, asked, asked, video, 3)[1], known[1])
+    late, kept = read_late(answerer, asked, other, video, 3)
+    # As by hand: all frames but the last with the other text, then the last one with the question.
+    reading = answerer.start(other, np.full(2, 6), np.arange(2, dtype=np.uint32))
+    feed(answerer, reading, video[:, :5])
+    reading.question = answerer.start(asked, np.full(2, 6), np.zeros(2, np.uint32)).question
+    feed(answerer, reading, video[:, 5:])
+    for name, state in reading.states.items():
+        np.testing.assert_allclose(late[name], state.queries, atol=1e-5, err_msg=name)
+        by_hand = [answerer.kept_patches(reading, name, row) for row in range(2)]
+        assert same(kept[name], by_hand), name
+    # What chooses without a text keeps the same tokens whenever it is asked.
+    assert same(kept["random"], known[1]["random"]) and same(kept["full"], known[1]["full"])
+    np.testing.assert_allclose(late["random"], known[0]["random"], atol=1e-5)
+
+
+def test_late_questions_need_the_length_of_the_video_and_a_text_each(make):
+    answerer = make(("adacm2",))
+    with pytest.raises(ValueError, match=r"2 text.s. to read before 1 question"):
+        answerer.start([QUESTION], np.array([4]), np.zeros(1, np.uint32), before=["a", "b"])
+    with pytest.raises(ValueError, match="the length of each video"):
+        answerer.start([QUESTION], np.array([0]), np.zeros(1, np.uint32), before=[""])
