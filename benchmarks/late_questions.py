@@ -45,7 +45,7 @@ from adacm2_jax.inference.encoder import fingerprint  # noqa: E402
 from adacm2_jax.inference.processor import Processor  # noqa: E402
 from adacm2_jax.inference.session import open_memory  # noqa: E402
 from adacm2_jax.inference.session_steps import SessionModels, SessionState  # noqa: E402
-from adacm2_jax.memory.policies import retention_counts  # noqa: E402
+from adacm2_jax.memory.policies import share_for  # noqa: E402
 from adacm2_jax.models.adacm2 import AdaCM2, Question  # noqa: E402
 from adacm2_jax.progress import Progress  # noqa: E402
 from adacm2_jax.runs.experiment import Experiment  # noqa: E402
@@ -76,31 +76,6 @@ ROWS = 50
 
 def cells_of(frames: int, tokens_per_frame: int, sizes: Sequence[int]) -> list[Cell]:
     return [Cell(policy, n * tokens_per_frame) for n in sizes for policy in (*LATE, KNOWN)]
-
-
-def share_for(tokens: int, tokens_per_frame: int, recent: Fraction = Fraction(0)) -> str:
-    """The smallest β, in steps of 1e-5, with which a layer comes to keep ``tokens`` and no more.
-
-    Args:
-      tokens: wanted, after any number of frames but the first.
-      tokens_per_frame: P.
-      recent: ρ.
-    """
-
-    def settles(beta: int) -> int:
-        kept, before = 0, -1
-        while kept != before:
-            counts = retention_counts(kept + tokens_per_frame, recent, Fraction(beta, 100_000))
-            before, kept = kept, sum(counts)
-        return kept
-
-    low, high = 0, 99_999
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if settles(middle) >= tokens else (middle + 1, high)
-    if settles(low) != tokens:
-        raise ValueError(f"no share of {tokens_per_frame} tokens a frame settles at {tokens}")
-    return f"{low / 100_000:.5f}"
 
 
 @functools.cache

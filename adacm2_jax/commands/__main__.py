@@ -20,10 +20,11 @@ EPILOG = """examples:
   adacm2 serve --model runs/quickstart/main --port 8000
   adacm2 port import --src instructblip-vicuna-7b --dst weights
   adacm2 plan --config configs/lvu.py --topology v5e:4x4
+  adacm2 ablate --model runs/suite/main --memory adacm2 --memory random --frames 16,64 --output grid
 
-train, eval, prepare and plan work on experiments, which are in configs/ of a clone. Exit status: 0,
-1 if some videos could not be read, 2 for what its reader can mend; --debug shows where that was
-found."""
+train, eval, prepare, plan and ablate work on experiments, which are in configs/ of a clone. Exit
+status: 0, 1 if some videos could not be read, 2 for what its reader can mend; --debug shows where
+that was found."""
 
 DEMO = """Serve a page: a video or a webcam, asked about while it is read, and what is remembered of
 it. It listens on this machine alone unless --host says otherwise; whoever reaches it may use it."""
@@ -81,6 +82,7 @@ def parser() -> argparse.ArgumentParser:
     )
     choose.add_argument("--question", help=f"that the labels answer {asked}")
     from adacm2_jax.commands import questions, score, serve
+    from adacm2_jax.commands.ablate_flags import add_flags as add_ablate
 
     scorer = commands.add_parser(
         "score",
@@ -109,6 +111,16 @@ def parser() -> argparse.ArgumentParser:
     )
     serve.add_flags(server)
     server.set_defaults(error=server.error)
+    grid = commands.add_parser(
+        "ablate",
+        help="compare memories over lengths and tasks, from trained models",
+        description="Memories side by side: every cell of a grid is an evaluation, all memories "
+        "read each frame in one pass. Writes answers.csv, accuracy.csv, report.md and figures; a "
+        "grid that was stopped goes on. docs/ablate.md.",
+        allow_abbrev=False,
+    )
+    add_ablate(grid)
+    grid.set_defaults(error=grid.error)
     for made in (ask, caption):
         made.add_argument("--output", metavar="DIR", help="also write predictions.jsonl there")
     demo = commands.add_parser(
@@ -148,8 +160,11 @@ def _add_model(made: argparse.ArgumentParser) -> None:
     )
     made.add_argument(
         "--policy",
-        choices=("adacm2", "full", "recent", "uniform", "random", "budget", "merge"),
-        help="of the memory (default: the run's); budget and merge need a run that sets their size",
+        choices=(
+            *("adacm2", "full", "recent", "recent_frames", "uniform", "random", "budget", "merge"),
+        ),
+        help="of the memory (default: the run's); recent_frames, budget and merge need a run that "
+        "sets their size",
     )
     made.add_argument(
         "--dtype",
@@ -217,6 +232,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             from adacm2_jax.commands.report import report
 
             return report(args)
+        if args.command == "ablate":
+            sys.path.insert(0, os.getcwd())  # generated data are of a clone
+            from adacm2_jax.commands.ablate import ablate
+
+            return ablate(args)
         if args.command == "demo":
             from adacm2_jax.commands.demo import demo
 

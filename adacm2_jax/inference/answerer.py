@@ -137,6 +137,11 @@ class Answerer:
             for name, memory in memories.items()
         }
 
+    @property
+    def processor(self) -> Processor:
+        """Its tokenizers."""
+        return self._processor
+
     def text_width(self, questions: Iterable[str]) -> int:
         """See ``Processor.width``."""
         return self._processor.width(questions)

@@ -98,6 +98,41 @@ def capacity_bound(tokens_per_frame: int, recent_ratio: Fraction, conserve_ratio
     return int(tokens_per_frame * kept / (1 - kept))
 
 
+@functools.lru_cache(maxsize=256)
+def share_for(tokens: int, tokens_per_frame: int, recent: Fraction = Fraction(0)) -> str:
+    """The smallest β, in steps of 1e-5, with which a layer comes to keep ``tokens`` and no more.
+
+    Args:
+      tokens: wanted, once the count no longer changes from frame to frame.
+      tokens_per_frame: P.
+      recent: ρ.
+
+    Raises:
+      UserError: if no β settles at that number; names the nearest that one does.
+    """
+    least, low, high = settled(tokens_per_frame, recent, Fraction(0)), 0, 99_999
+    while low < high:
+        middle = (low + high) // 2
+        enough = settled(tokens_per_frame, recent, Fraction(middle, 100_000)) >= tokens
+        low, high = (low, middle) if enough else (middle + 1, high)
+    found = settled(tokens_per_frame, recent, Fraction(low, 100_000))
+    if found != tokens:
+        nearest = least if tokens < least else found
+        raise UserError(
+            f"with memory.recent_ratio = {recent} and {tokens_per_frame} tokens a frame no "
+            f"memory.conserve_ratio settles at {tokens} tokens; the nearest is {nearest}"
+        )
+    return f"{low / 100_000:.5f}"
+
+
+def settled(tokens_per_frame: int, recent: Fraction, conserve: Fraction) -> int:
+    """How many tokens a layer holds once the count no longer changes from frame to frame."""
+    kept, before = 0, -1
+    while kept != before:
+        before, kept = kept, sum(retention_counts(kept + tokens_per_frame, recent, conserve))
+    return kept
+
+
 @functools.lru_cache(maxsize=64)
 def retention_plan(config: MemoryConfig, tokens_per_frame: int, num_layers: int) -> RetentionPlan:
     """Builds the counts of a policy for ``num_layers`` cross-attention layers.

@@ -1,7 +1,6 @@
 """The measurement of late questions: sizes that are equal, figures that add up, runs that go on."""
 
 import json
-from fractions import Fraction
 
 import pytest
 
@@ -25,11 +24,6 @@ def test_every_memory_comes_to_keep_as_many_tokens_and_never_more(policy, tokens
         kept = int(plan.recent[0, live] + plan.older[0, live])
         most = max(most, kept)
     assert kept == most == tokens
-
-
-def test_a_size_that_no_share_settles_at_is_refused():
-    with pytest.raises(ValueError, match="settles at 3"):
-        late_questions.share_for(3, 17, Fraction(1, 2))
 
 
 def line(needle: int, frames: int = 16, **given: str) -> dict:

@@ -20,6 +20,7 @@ from adacm2_jax.memory.policies import (
     plan_for,
     retention_counts,
     retention_plan,
+    share_for,
 )
 from adacm2_jax.memory.slots import Frames, Queries, Retention, init_memory, read_frame
 from adacm2_jax.models.adacm2 import init_state
@@ -125,6 +126,21 @@ def test_policies_keep_as_many_tokens_as_adacm2(tokens, rho, beta):
         assert np.array_equal(plan.recent + plan.older, plans[0].recent + plans[0].older)
     assert not plans[1].older.any()
     assert not plans[2].recent.any() and not plans[3].recent.any()
+
+
+@given(tokens=st.integers(1, 20), rho=ratios, beta=ratios)
+def test_a_share_is_found_for_every_number_of_tokens_that_one_settles_at(tokens, rho, beta):
+    assume(rho + (1 - rho) * beta <= Fraction(9, 10))
+    config = MemoryConfig(recent_ratio=rho, conserve_ratio=beta)
+    wanted = lengths(retention_plan(config, tokens, 1), 0, tokens, 400)[-1]
+    share = share_for(wanted, tokens, rho)
+    found = MemoryConfig(recent_ratio=rho, conserve_ratio=share)
+    assert lengths(retention_plan(found, tokens, 1), 0, tokens, 400)[-1] == wanted
+
+
+def test_a_number_of_tokens_that_no_share_settles_at_is_refused():
+    with pytest.raises(UserError, match=r"settles at 3 tokens; the nearest is 16"):
+        share_for(3, 17, Fraction(1, 2))
 
 
 def test_layers_may_have_ratios_of_their_own():

@@ -1,0 +1,209 @@
+"""``adacm2 ablate``: memories side by side, over lengths, tasks and runs, from trained models.
+
+Every cell of the grid is an evaluation (``commands/evaluate.py``): all memories read each frame in
+one pass. A cell that was finished is left as it is, one that was killed goes on.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from adacm2_jax.commands import ablate_report
+from adacm2_jax.commands.evaluate import check_questions, evaluate, task_of
+from adacm2_jax.distributed import is_main
+from adacm2_jax.errors import UserError, printable
+from adacm2_jax.files import check_writable, write_json
+from adacm2_jax.inference.answerer import Answerer
+from adacm2_jax.inference.processor import Processor
+from adacm2_jax.runs.experiment import Experiment
+from adacm2_jax.runs.grid import Memory, memories_of, overridden, value_of, varied
+from adacm2_jax.runs.load import experiment_of, load_params
+from adacm2_jax.runs.lock import locked_output
+from adacm2_jax.runs.partial import describe, digest
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A place of the grid.
+
+    Attributes:
+      name: of its directory.
+      frames: T of the videos; 0: the run's.
+      fields: of the experiment, by their paths.
+      shown: the values of those that vary, by their names: columns of the tables.
+    """
+
+    name: str
+    frames: int
+    fields: dict[str, Any]
+    shown: dict[str, Any]
+
+
+def ablate(args: argparse.Namespace) -> int:
+    """Runs the grid and writes its tables; returns the exit status."""
+    memories = [Memory.parse(text) for text in args.memory]
+    tokens, frames = _numbers("--tokens", args.tokens), _numbers("--frames", args.frames)
+    fixed = dict(_assigned(text) for text in args.set)
+    cells = [
+        Cell(_name(length, fields), length, fixed | fields, _shown(fields))
+        for length in frames or [0]
+        for fields in varied(args.vary)
+    ]
+    runs = {_label(path, args.model): path for path in args.model}
+    check_writable(args.output, f"--output {args.output}")
+    output = pathlib.Path(args.output)
+    # All that can be wrong is found before anything is computed.
+    grid = {
+        (run, cell.name): _experiment(path, cell, args)
+        for run, path in runs.items()
+        for cell in cells
+    }
+    for (_, name), experiment in grid.items():
+        memories_of(memories, experiment, _longest(experiment, name), tokens)
+    answers: list[dict[str, Any]] = []
+    with locked_output(output):
+        for run, path in runs.items():
+            model = grid[run, cells[0].name]
+            params = load_params(model, path)
+            processor = Processor.load(path, model.model)
+            for cell in cells:
+                experiment = grid[run, cell.name]
+                length = _longest(experiment, cell.name)
+                answerer = Answerer(
+                    experiment.model,
+                    params,
+                    processor,
+                    memories_of(memories, experiment, length, tokens),
+                    experiment.generation,
+                    experiment.seed,
+                )
+                place = output / "cells" / run / cell.name
+                print(f"{run}, {cell.name}:", flush=True)
+                for line in run_cell(experiment, answerer, place):
+                    answers.append({"run": run, "T": length, **cell.shown, **line})
+        if is_main():
+            for written in ablate_report.write(answers, output):
+                print(written)
+    return 0
+
+
+def run_cell(
+    experiment: Experiment, answerer: Answerer, place: pathlib.Path
+) -> list[dict[str, Any]]:
+    """Answers one cell, unless that has been done.
+
+    Args:
+      experiment: of the cell.
+      answerer: with its memories.
+      place: its directory.
+
+    Returns:
+      A line an answer: what ``predictions.jsonl`` says, and what is known of its question.
+    """
+    from data.sources import open_source
+
+    source = open_source(experiment.data, experiment.eval.split)
+    task = task_of(experiment)
+    check_questions(experiment, answerer.processor, source, task)
+    count = min(experiment.eval.limit or len(source), len(source))
+    memories = {name: repr(model.config.memory) for name, model in answerer.models.items()}
+    of = describe(experiment, answerer.digest(), source, count, task.name if task else "")
+    of["memories"] = digest(memories)
+    if not _is_done(place, of):
+        evaluate(experiment, answerer, source, place, task)
+        if is_main():
+            write_json(place / "cell.json", {"of": of, "memories": memories})
+    lines = [json.loads(line) for line in (place / "predictions.jsonl").read_text().splitlines()]
+    known = _records(source)
+    return [
+        {
+            "memory": line["policy"],
+            "policy": answerer.models[line["policy"]].config.memory.policy,
+            "id": line["id"],
+            "video": line.get("group") or line.get("video") or line["id"],
+            "answer": line.get("answer", ""),
+            "prediction": line["prediction"],
+            "correct": int(line.get("correct", False)),
+            "kept_tokens": line["kept_tokens"],
+            "total_tokens": line["total_tokens"],
+            "category": line.get("category", ""),
+            **known.get(line["id"], {}),
+        }
+        for line in lines
+    ]
+
+
+def _is_done(place: pathlib.Path, of: dict[str, str]) -> bool:
+    try:
+        return json.loads((place / "cell.json").read_text())["of"] == of
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _records(source: Sequence[Any]) -> dict[str, dict[str, Any]]:
+    """What stands of each question in ``records.jsonl`` beside the file of the questions."""
+    questions = getattr(source, "path", None)
+    path = pathlib.Path(questions or "").parent / "records.jsonl"
+    if not questions or not path.is_file():
+        return {}
+    rows = map(json.loads, path.read_text().splitlines())
+    return {row["id"]: {name: row.get(name, "") for name in ablate_report.KNOWN} for row in rows}
+
+
+def _experiment(path: str, cell: Cell, args: argparse.Namespace) -> Experiment:
+    experiment = overridden(experiment_of(path), cell.fields, cell.frames)
+    changes: dict[str, Any] = {"policies": ("adacm2",)}
+    if args.split:
+        changes["split"] = args.split
+    if args.limit:
+        changes["limit"] = args.limit
+    return dataclasses.replace(experiment, eval=dataclasses.replace(experiment.eval, **changes))
+
+
+def _longest(experiment: Experiment, name: str) -> int:
+    sampling = experiment.data.sampling
+    frames = sampling.num_frames if sampling.mode == "uniform" else sampling.max_frames
+    frames = experiment.eval.full_frames or frames
+    if not frames:
+        raise UserError(f"{name}: nobody says how long the longest video is; give --frames")
+    return frames
+
+
+def _name(frames: int, fields: dict[str, Any]) -> str:
+    parts = [f"T{frames}"] if frames else []
+    parts += [f"{path.rsplit('.', 1)[-1]}={value}" for path, value in fields.items()]
+    return ",".join(parts).replace("/", "_") or "all"
+
+
+def _shown(fields: dict[str, Any]) -> dict[str, Any]:
+    return {path.rsplit(".", 1)[-1]: value for path, value in fields.items()}
+
+
+def _label(path: str, paths: Sequence[str]) -> str:
+    """The shortest end of a path that tells it from the others."""
+    parts = pathlib.Path(os.path.abspath(path)).parts
+    for count in range(1, len(parts)):
+        end = "/".join(parts[-count:])
+        if sum(os.path.abspath(other).endswith(f"/{end}") for other in paths) == 1:
+            return end.replace("/", "_")
+    raise UserError(f"--model {printable(path)} is given twice; leave one out")
+
+
+def _numbers(flag: str, text: str | None) -> list[int]:
+    if text is None:
+        return []
+    numbers = [value_of(part) for part in text.split(",")]
+    if not all(type(number) is int and number > 0 for number in numbers):
+        raise UserError(f"{flag} {printable(text[:60])} must be whole numbers, such as 16,64,256")
+    return numbers
+
+
+def _assigned(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise UserError(f"--set {printable(text[:60])} must be FIELD=VALUE")
+    return name, value_of(value)

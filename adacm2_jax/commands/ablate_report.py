@@ -1,0 +1,221 @@
+"""What ``adacm2 ablate`` writes: tidy tables, a page and figures."""
+
+import csv
+import importlib.util
+import io
+import itertools
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from adacm2_jax.files import beside_path, write_text
+from adacm2_jax.scoring.intervals import mean_interval, numbered
+
+#: What a generated data set knows of its questions (``records.jsonl``).
+KNOWN = ("task", "style", "when", "age", "chance")
+#: Columns that tell one group of answers from another, where they are there.
+_NOT_GROUPS = frozenset(
+    "run memory policy id video answer prediction correct kept_tokens total_tokens age chance "
+    "category".split()
+)
+Row = dict[str, Any]
+
+
+def write(answers: Sequence[Row], output: pathlib.Path) -> list[pathlib.Path]:
+    """Writes ``answers.csv`` (a line an answer), ``accuracy.csv``, ``ages.csv`` and ``report.md``,
+    and ``accuracy.png`` and ``ages.png`` where matplotlib is installed.
+
+    Args:
+      answers: of all cells.
+      output: a directory that is there.
+
+    Returns:
+      What was written.
+    """
+    accuracy, ages = table(answers), table(answers, by_age=True)
+    written = [_write_csv(output / "answers.csv", answers)]
+    written.append(_write_csv(output / "accuracy.csv", accuracy))
+    if ages:
+        written.append(_write_csv(output / "ages.csv", ages))
+    page = output / "report.md"
+    write_text(page, report(accuracy, ages))
+    written.append(page)
+    if importlib.util.find_spec("matplotlib"):
+        written.append(_draw(accuracy, "T", output / "accuracy.png", "frames of the video"))
+        if ages:
+            longest = max(row["T"] for row in ages)
+            last = [row for row in ages if row["T"] == longest]
+            name = f"frames since what is asked about, T = {longest}"
+            written.append(_draw(last, "age", output / "ages.png", name))
+    return written
+
+
+def age_bin(age: int) -> str:
+    """The ages are in bins of powers of four: 0, 1-3, 4-15, 16-63 …"""
+    if age == 0:
+        return "0"
+    low = 4 ** int(np.log2(age) // 2)
+    return f"{low}-{4 * low - 1}"
+
+
+def table(answers: Sequence[Row], by_age: bool = False) -> list[Row]:
+    """Accuracy by group and memory, over all runs.
+
+    The interval resamples videos; one that several models have answered about counts once.
+
+    Args:
+      answers: a row an answer.
+      by_age: also by the age of what is asked about; answers of none are left out.
+    """
+    groups: dict[tuple, list[Row]] = {}
+    names = [name for name in (answers[0] if answers else {}) if name not in _NOT_GROUPS]
+    for row in answers:
+        if by_age and not isinstance(row.get("age"), int):
+            continue
+        own = [row.get(name, "") for name in names]
+        if by_age:
+            own.append(age_bin(row["age"]))
+        groups.setdefault((*own, row["memory"]), []).append(row)
+    found = []
+    for key, rows in groups.items():
+        correct = np.array([row["correct"] for row in rows], np.float64)
+        videos, count = numbered([row["video"] for row in rows])
+        low, high = mean_interval(correct, videos)
+        by_run: dict[str, list[int]] = {}
+        for row in rows:
+            by_run.setdefault(row["run"], []).append(row["correct"])
+        each = [float(np.mean(values)) for values in by_run.values()]
+        chances = [row["chance"] for row in rows if isinstance(row.get("chance"), float)]
+        labels = [*names, "age"] if by_age else names
+        found.append(
+            dict(zip(labels, key[:-1], strict=True))
+            | {
+                "memory": rows[0]["memory"],
+                "policy": rows[0]["policy"],
+                "accuracy": float(correct.mean()),
+                "low": low,
+                "high": high,
+                "chance": float(np.mean(chances)) if chances else "",
+                "questions": len(rows),
+                "videos": count,
+                "runs": len(each),
+                "lowest_run": min(each),
+                "highest_run": max(each),
+                "kept_tokens": max(row["kept_tokens"] for row in rows),
+                "total_tokens": max(row["total_tokens"] for row in rows),
+            }
+        )
+    return found
+
+
+def report(accuracy: Sequence[Row], ages: Sequence[Row]) -> str:
+    """The tables as Markdown: a table a group, a line a memory."""
+    parts = ["# Memories compared", "", "Accuracy with its 95 % interval over videos."]
+    for title, rows in _grouped(accuracy, "T").items():
+        chance = {row["chance"] for row in rows if row["chance"] != ""}
+        note = f" Chance: {min(chance):.0%}." if chance else ""
+        parts += ["", f"## {title or 'all'}", "", _markdown(rows, "T", "T = {}") + note]
+    if ages:
+        longest = max(row["T"] for row in ages)
+        parts += ["", f"# By the age of what is asked about, T = {longest}"]
+        last = [row for row in ages if row["T"] == longest]
+        for title, rows in _grouped(last, "age").items():
+            parts += ["", f"## {title or 'all'}", "", _markdown(rows, "age", "{} frames ago")]
+    return "\n".join(parts) + "\n"
+
+
+def _grouped(rows: Sequence[Row], across: str) -> dict[str, list[Row]]:
+    figures = {"accuracy", "low", "high", "chance", "questions", "videos", "runs", "lowest_run"}
+    figures |= {"highest_run", "kept_tokens", "total_tokens", "memory", "policy", across, "T"}
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        words = dict.fromkeys(str(value) for name, value in row.items() if name not in figures)
+        groups.setdefault(", ".join(word for word in words if word), []).append(row)
+    return groups
+
+
+def _places(rows: Sequence[Row], across: str) -> list[Any]:
+    values = dict.fromkeys(row[across] for row in rows)
+    return sorted(values, key=lambda value: int(str(value).split("-")[0]))
+
+
+def _markdown(rows: Sequence[Row], across: str, head: str) -> str:
+    columns = _places(rows, across)
+    lines = [
+        "| memory | tokens | " + " | ".join(head.format(column) for column in columns) + " |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
+    for memory, own in itertools.groupby(sorted(rows, key=_order(rows)), lambda r: r["memory"]):
+        cells = {row[across]: row for row in own}
+        kept = max(row["kept_tokens"] for row in cells.values())
+        shown = [
+            "{accuracy:.1%} ({low:.1%}–{high:.1%})".format(**cells[column])
+            if column in cells
+            else ""
+            for column in columns
+        ]
+        lines.append(f"| `{memory}` | {kept:,} | " + " | ".join(shown) + " |")
+    counts = sorted({row["questions"] for row in rows})
+    asked = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+    return "\n".join(lines) + f"\n\nQuestions a cell: {asked}."
+
+
+def _order(rows: Sequence[Row]):
+    places: dict[str, int] = {}
+    for row in rows:
+        places.setdefault(row["memory"], len(places))
+    return lambda row: places[row["memory"]]
+
+
+def _write_csv(path: pathlib.Path, rows: Sequence[Row]) -> pathlib.Path:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+    return path
+
+
+def _draw(rows: Sequence[Row], across: str, path: pathlib.Path, name: str) -> pathlib.Path:
+    """Accuracy by memory, a panel a group."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    groups = _grouped(rows, across)
+    columns = min(len(groups), 3)
+    lines = -(-len(groups) // columns)
+    figure = Figure(figsize=(4.5 * columns, 3.4 * lines + 0.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(lines, columns, squeeze=False)
+    for panel in panels.flat[len(groups) :]:
+        panel.set_visible(False)
+    for panel, (title, own) in zip(panels.flat, groups.items(), strict=False):
+        places = _places(own, across)
+        for (_, mine), marker in zip(
+            itertools.groupby(sorted(own, key=_order(rows)), lambda row: row["memory"]),
+            itertools.cycle("os^Dvp*Xh<>"),
+            strict=False,
+        ):
+            cells = {row[across]: row for row in mine}
+            at = [i for i, place in enumerate(places) if place in cells]
+            value, low, high = (
+                np.array([100 * cells[places[i]][field] for i in at])
+                for field in ("accuracy", "low", "high")
+            )
+            spread = np.maximum([value - low, high - value], 0)
+            label = next(iter(cells.values()))["memory"]
+            panel.errorbar(at, value, spread, marker=marker, capsize=2, label=label, linewidth=1)
+        chances = [row["chance"] for row in own if row["chance"] != ""]
+        if chances:
+            panel.axhline(100 * min(chances), color="gray", linewidth=1, linestyle=":")
+        panel.set(title=title, ylim=(0, 101), xlabel=name, ylabel="accuracy, %")
+        panel.set_xticks(range(len(places)), [str(place) for place in places])
+    handles, labels = panels.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
+    beside = beside_path(path)
+    figure.savefig(beside, dpi=130, format="png")
+    beside.replace(path)
+    return path
