@@ -98,13 +98,15 @@ class Batch(struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """How a step is computed; none of it changes what is computed, but dropout, and ``two_phase``
-    the gradient of a ViT that learns, which :func:`check_step` refuses.
+    """How a step is computed; none of it changes what is computed, but dropout, ``detached``, and
+    ``two_phase`` the gradient of a ViT that learns, which :func:`check_step` refuses.
 
     Attributes:
       gradient: ``two_phase`` (two_phase.py: exact, and activations do not grow with the clip; the
-        ViT must be frozen) or ``scan`` (differentiates through all frames).
-      chunk: ``two_phase``: frames that pass through the networks together.
+        ViT must be frozen), ``scan`` (differentiates through all frames) or ``detached`` (what the
+        memory holds is constant, as MA-LMM's banks are: the gradient is that of the last frame
+        alone, and not exact; for comparison).
+      chunk: ``two_phase`` and ``detached``: frames that pass through the networks together.
       accumulate: parts of the batch that are computed one after the other.
     """
 
@@ -113,8 +115,11 @@ class StepConfig:
     accumulate: int = 1
 
     def __post_init__(self):
-        if self.gradient not in ("two_phase", "scan"):
-            raise UserError(f"train.gradient is {self.gradient!r}; it must be two_phase or scan")
+        known = "two_phase", "scan", "detached"
+        if self.gradient not in known:
+            raise UserError(
+                f"train.gradient is {self.gradient!r}; it must be one of {', '.join(known)}"
+            )
         for name in ("chunk", "accumulate"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} = {getattr(self, name)} must be at least 1")
@@ -129,14 +134,14 @@ def check_step(options: StepConfig, learned: Collection[str], num_frames: int) -
       num_frames: T, of a clip.
 
     Raises:
-      UserError: for ``two_phase`` where the ViT learns and a clip has more than one frame.
+      UserError: where the ViT learns, a clip has more than one frame, and it is not ``scan``.
     """
     trained = sorted(path for path in learned if path.startswith("vision/"))
-    if trained and num_frames > 1 and options.gradient == "two_phase":
+    if trained and num_frames > 1 and options.gradient != "scan":
         raise UserError(
-            f"train.gradient = 'two_phase' needs a frozen ViT, but {trained[0]} learns on clips of "
-            f"{num_frames} frames: features of earlier frames would be constants. Freeze vision/.* "
-            "in optim.groups, train on single frames, or set train.gradient = 'scan'"
+            f"train.gradient = {options.gradient!r} needs a frozen ViT, but {trained[0]} learns on "
+            f"clips of {num_frames} frames: features of earlier frames would be constants. Freeze "
+            "vision/.* in optim.groups, train on single frames, or set train.gradient = 'scan'"
         )
 
 
@@ -217,7 +222,8 @@ def loss_fn(
         state = call(model, params, "read", features, *clip[1:], **dropout)
     else:
         renewable = read_all_but_last(model, params, *clip, options.chunk)
-        state = read_last(model, params, renewable, batch.question, **dropout)
+        renew = options.gradient == "two_phase"
+        state = read_last(model, params, renewable, batch.question, renew, **dropout)
     return call(model, params, "answer_loss", state.queries, batch.question, batch.targets, count)
 
 

@@ -77,7 +77,12 @@ def read_all_but_last(
 
 
 def read_last(
-    model: AdaCM2, params: dict, renewable: Renewable, question: Question, **options
+    model: AdaCM2,
+    params: dict,
+    renewable: Renewable,
+    question: Question,
+    renew: bool = True,
+    **options,
 ) -> StreamState:
     """Phase two: the step of the last valid frame, with its gradient.
 
@@ -85,11 +90,14 @@ def read_last(
       model, params: of the step; ``params`` may be differentiated.
       renewable: of :func:`read_all_but_last`.
       question: one a video.
+      renew: compute keys and values anew; if not, the memory is a constant.
       options: for ``AdaCM2.read``: ``deterministic``, and ``rngs`` for dropout.
     """
     before = renewable.before
-    state = call(model, params, "renew", before.state, renewable.slots)
-    return before_last.read_last(model, params, before.replace(state=state), question, **options)
+    if renew:
+        state = call(model, params, "renew", before.state, renewable.slots)
+        before = before.replace(state=state)
+    return before_last.read_last(model, params, before, question, **options)
 
 
 def _read_all_but_last(

@@ -136,6 +136,24 @@ def test_the_gradient_of_the_last_frame_alone_would_be_another_one():
     assert apart(detached, expected) > 0.01
 
 
+def test_a_detached_memory_has_the_same_loss_and_teaches_nothing_of_earlier_frames():
+    """Only what makes keys and values of visual tokens learns otherwise than with two phases."""
+    config, batch = dataclasses.replace(EXACT, memory=MEMORIES["adacm2"]), make_batch(7)
+    with jax.enable_x64(True):
+        exact_loss, _, exact = gradients_of(config, batch, StepConfig("two_phase", 3))
+        loss, _, detached = gradients_of(config, batch, StepConfig("detached", 3))
+    assert abs(loss - exact_loss) <= 1e-12 * exact_loss
+    of_tokens = ("temporal_embed", "ln_vision", "qformer/frame_projection")
+    other = {name for name in exact if name.startswith(of_tokens)}
+    same = exact.keys() - other
+    assert len(other) > 4 and len(same) > 20
+    assert apart({n: detached[n] for n in same}, {n: exact[n] for n in same}) <= 1e-12
+    # Videos of 6 (7, less a gap), 4, 6 and 0 frames: their last ones stand in these rows.
+    rows = np.flatnonzero(np.abs(detached["temporal_embed"]).max(1))
+    assert rows.tolist() == [3, 5]
+    assert (np.abs(exact["temporal_embed"]).max(1) > 0).sum() > 3
+
+
 def test_merge_takes_the_gradient_of_the_last_frame_in_both_forms():
     config = dataclasses.replace(
         SMALL,
@@ -214,7 +232,10 @@ def test_a_vit_that_learns_needs_the_whole_scan():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"gradient": "exact"}, r"train\.gradient is 'exact'; it must be two_phase or scan"),
+        (
+            {"gradient": "exact"},
+            r"train\.gradient is 'exact'; it must be one of two_phase, scan, detached",
+        ),
         ({"chunk": 0}, r"train\.chunk = 0 must be at least 1"),
         ({"accumulate": 0}, r"train\.accumulate = 0 must be at least 1"),
     ],
