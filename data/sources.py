@@ -75,8 +75,8 @@ def open_source(config: Any, split: str) -> Sequence[Example]:
     """Opens what ``config.data`` of an experiment names for a split.
 
     Args:
-      config: with ``source`` (``jsonl``, ``task`` or ``needle``) and its fields; see ``configs/``.
-      split: ``train`` or ``test``, or another that a task has. For ``jsonl``, the fields ``train``
+      config: with ``source`` (``jsonl``, ``task``, ``needle`` or ``suite``) and its fields; see ``configs/``.
+      split: ``train`` or ``test``, or another that a task has; of ``suite`` also ``val``. For ``jsonl``, the fields ``train``
         and ``test`` are file names; only the answers of ``train`` are required.
 
     Raises:
@@ -106,4 +106,9 @@ def open_source(config: Any, split: str) -> Sequence[Example]:
         sizes = {name: size for name, size in sizes.items() if size}
         directory = build(config.data_dir, config.needle.num_frames, sizes)
         return RecordSource(directory, split, config.needle.evidence_only)
-    raise DataError(f"data.source is {config.source!r}; it must be 'jsonl', 'task' or 'needle'")
+    if config.source == "suite":
+        from data.suite.builder import open_suite
+
+        return open_suite(config, split)
+    known = "'jsonl', 'task', 'needle' or 'suite'"
+    raise DataError(f"data.source is {config.source!r}; it must be {known}")

@@ -34,6 +34,50 @@ class NeedleTask:
 
 
 @dataclasses.dataclass(frozen=True)
+class SuiteTasks:
+    """The generated suite (``data/suite``).
+
+    Attributes:
+      tasks: what is asked; training clips take turns, and one given twice is seen twice as often.
+      styles: how videos look; each task is in each.
+      num_frames: of a video.
+      train_size: clips to train on, which are drawn when they are read.
+      test_size: videos to evaluate on, of each task in each style; of ``val`` as many.
+      questions_per_video: of those videos, at most.
+      needle_frames: frames of a shot that is asked about; 0: the style's own.
+      ages: least and most frames after what is asked about, in the videos to evaluate on; empty:
+        any.
+      share: of a frame's side that a digit takes; 0: the style's own.
+      seed: another one gives other videos.
+    """
+
+    tasks: tuple = ("needle", "order", "count", "change")
+    styles: tuple = ("grounds",)
+    num_frames: int = 16
+    train_size: int = 8000
+    test_size: int = 250
+    questions_per_video: int = 4
+    needle_frames: int = 0
+    ages: tuple = ()
+    share: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self):
+        check_numbers(
+            "data.suite", self, train_size=0, test_size=0, needle_frames=0, share=0, seed=0
+        )
+        for field in ("tasks", "styles"):
+            names = getattr(self, field)
+            if not names or not all(isinstance(name, str) for name in names):
+                first = next(f.default for f in dataclasses.fields(self) if f.name == field)[0]
+                raise UserError(
+                    f"data.suite.{field} = {names!r:.60} must be names, such as ({first!r},)"
+                )
+        if any(type(age) is not int for age in self.ages):
+            raise UserError(f"data.suite.ages = {self.ages!r:.60} must be whole numbers")
+
+
+@dataclasses.dataclass(frozen=True)
 class TaskData:
     """A benchmark (``adacm2_jax.tasks``).
 
@@ -57,11 +101,12 @@ class DataConfig:
     """What is read, and how.
 
     Attributes:
-      source: ``jsonl``, ``task`` or ``needle``.
+      source: ``jsonl``, ``task``, ``needle`` or ``suite``.
       jsonl: by split, JSON-lines files with video, question, answer and optional start, end
         (seconds).
       task: a benchmark, from its annotation or built.
       needle: of the generated task.
+      suite: of the generated tasks.
       data_dir: where prepared data sets are written.
       prompt: what both language networks are asked; ``{question}`` stands for the question.
       sampling: which frames are taken of a video.
@@ -78,6 +123,7 @@ class DataConfig:
     jsonl: dict = dataclasses.field(default_factory=lambda: {"train": "", "test": ""})
     task: TaskData = TaskData()
     needle: NeedleTask = NeedleTask()
+    suite: SuiteTasks = SuiteTasks()
     data_dir: str = "runs/data"
     prompt: str = "{question}"
     sampling: Sampling = dataclasses.field(default=Sampling(mode="uniform", num_frames=8))
