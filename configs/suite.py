@@ -6,10 +6,10 @@ COMMAND: python benchmarks/suite.py --workdir runs/suite --vision_only
 Expected: benchmarks/suite.py runs the three and says what they reach.
 
 As in ``configs/needle.py``, a ViT is made first and frozen. Both stages are a mixture of tasks:
-which digit was on a ground (``needle``), on which of two it came first (``order``), how many frames
-had it (``count``), and what it was before or after it changed (``change``). The clips are drawn when
-they are read; the videos of ``val``, on which the numbers here were chosen, and of ``test`` are
-real H.264 files. In another directory than runs/suite, say where a stage starts:
+which digit was on a ground (``needle``), on which of two it came first (``order``), how many
+frames had it (``count``), and what it was before or after it changed (``change``). The clips are
+drawn when they are read; the videos of ``val``, on which the numbers here were chosen, and of
+``test`` are real H.264 files. In another directory than runs/suite, say where a stage starts:
 --config.init_from=…/vision, …/first.
 """
 

@@ -75,9 +75,11 @@ def open_source(config: Any, split: str) -> Sequence[Example]:
     """Opens what ``config.data`` of an experiment names for a split.
 
     Args:
-      config: with ``source`` (``jsonl``, ``task``, ``needle`` or ``suite``) and its fields; see ``configs/``.
-      split: ``train`` or ``test``, or another that a task has; of ``suite`` also ``val``. For ``jsonl``, the fields ``train``
-        and ``test`` are file names; only the answers of ``train`` are required.
+      config: with ``source`` (``jsonl``, ``task``, ``needle`` or ``suite``) and its fields; see
+        ``configs/``.
+      split: ``train`` or ``test``, or another that a task has; of ``suite`` also ``val``. For
+        ``jsonl``, the fields ``train`` and ``test`` are file names; only the answers of ``train``
+        are required.
 
     Raises:
       DataError: for an unknown source, or a file that is missing or wrong.

@@ -66,12 +66,11 @@ class SuiteTasks:
         check_numbers(
             "data.suite", self, train_size=0, test_size=0, needle_frames=0, share=0, seed=0
         )
-        for field in ("tasks", "styles"):
+        for field, example in (("tasks", "needle"), ("styles", "grounds")):
             names = getattr(self, field)
             if not names or not all(isinstance(name, str) for name in names):
-                first = next(f.default for f in dataclasses.fields(self) if f.name == field)[0]
                 raise UserError(
-                    f"data.suite.{field} = {names!r:.60} must be names, such as ({first!r},)"
+                    f"data.suite.{field} = {names!r:.60} must be names, such as ({example!r},)"
                 )
         if any(type(age) is not int for age in self.ages):
             raise UserError(f"data.suite.ages = {self.ages!r:.60} must be whole numbers")

@@ -23,7 +23,7 @@ from typing import Any
 from adacm2_jax.errors import DataError, printable
 from adacm2_jax.files import remove_abandoned, write_bytes, write_json, write_text
 from adacm2_jax.progress import Progress
-from data.jsonl import Example, JsonlSource
+from data.jsonl import JsonlSource
 from data.needle.render import FRAME_SIZE, encode
 from data.suite.drawn import DrawnClips
 from data.suite.plan import READING, WHEN, chance
@@ -117,7 +117,7 @@ def build(
     return root / QUESTIONS
 
 
-def open_suite(config: Any, split: str) -> Sequence[Example]:
+def open_suite(config: Any, split: str) -> DrawnClips | JsonlSource:
     """What ``config.data`` of an experiment names for a split: training clips are drawn, the other
     splits are built in ``data_dir`` unless they are there.
 

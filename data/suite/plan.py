@@ -281,9 +281,9 @@ class _Draft:
             sides = (0, 1) if self.questions > 1 else (self.number % 2,)
             for side in sides[: self.questions - 2 * thing]:
                 text = QUESTIONS[("before", "after")[side]].format(self.pace.words[ground])
-                frames = tuple(parts[side])
-                age = self.total - 1 - frames[-1]
-                found.append(Question(text, str(digits[side]), frames, age))
+                shown = tuple(parts[side])
+                age = self.total - 1 - shown[-1]
+                found.append(Question(text, str(digits[side]), shown, age))
         return found
 
     def _ask(self, content: str, named: Sequence[_Shot], right: _Shot) -> Question:

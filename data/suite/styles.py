@@ -150,8 +150,8 @@ def _draw_film(plan, digits, rng, size, tile):
     for t, begins in _shots(plan):
         if begins:
             wide = 2 * size
-            texture = 0.7 * _noise(rng, wide, wide, 6) + 0.3 * _noise(rng, wide, wide, 24)
-            texture = Image.fromarray(texture)
+            noise = 0.7 * _noise(rng, wide, wide, 6) + 0.3 * _noise(rng, wide, wide, 24)
+            texture = Image.fromarray(noise)
             zoom, corner = rng.uniform(1.0, 1.5), rng.uniform(0, wide - 1.6 * size, 2)
             growth, drift = rng.uniform(0.94, 1.06), rng.uniform(-size / 20, size / 20, 2)
             path = _Path(rng, size - tile, size / 20)

@@ -156,9 +156,7 @@ def test_an_experiment_opens_its_splits(tmp_path):
         assert source[0].id.startswith(f"{split}-needle-grounds-t8-")
     longer = dataclasses.replace(data, suite=dataclasses.replace(suite, num_frames=9))
     assert open_source(longer, "test").path != open_source(data, "test").path
-    with pytest.raises(
-        DataError, match=r"split 'exam' is unknown; data\.suite has train, val, test"
-    ):
+    with pytest.raises(DataError, match=r"split 'exam' is unknown; data\.suite has train, val"):
         open_source(data, "exam")
     with pytest.raises(DataError, match=r"data\.data_dir is empty"):
         open_source(dataclasses.replace(data, data_dir=""), "test")
