@@ -90,7 +90,7 @@ DEV := $(STAMP)-dev $(ACCELERATED)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install quickstart test check-latest check-transformers check-real-weights check-port \
-  check-beam check-wheel check-demo check-openai check-lmms-eval check-captions check-tasks check-reproduce check-eval-kills check-curves check-faults check-serve check-hostile check-int8 check-memory check-stream check-full-size check-gpu-program memory-table late-questions bench lint typecheck format lock clean
+  check-beam check-wheel check-demo check-openai check-lmms-eval check-captions check-tasks check-reproduce check-eval-kills check-curves check-faults check-serve check-hostile check-int8 check-memory check-stream check-full-size check-gpu-program memory-table late-questions suite bench lint typecheck format lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
@@ -221,8 +221,11 @@ check-stream: $(RUNNABLE) ## push a day of frames into one session of the quicks
 late-questions: $(RUNNABLE) ## measure what questions find that come after the video (the quickstart's model; half an hour)
 	$(PY) benchmarks/late_questions.py --model $(RUN)
 
+suite: $(DEV) ## train on the suite of generated tasks, three seeds, and compare memories at equal tokens (SUITE_ARGS=--fast: less)
+	$(PY) benchmarks/suite.py --workdir runs/suite $(SUITE_ARGS)
+
 bench: $(DEV) ## run every benchmark, each prints ratios
-	@set -e; for script in $(filter-out benchmarks/check_% benchmarks/_% benchmarks/memory_table.py benchmarks/late_questions.py benchmarks/gpu.py,$(sort $(wildcard benchmarks/*.py))); do \
+	@set -e; for script in $(filter-out benchmarks/check_% benchmarks/_% benchmarks/memory_table.py benchmarks/late_questions.py benchmarks/suite.py benchmarks/gpu.py,$(sort $(wildcard benchmarks/*.py))); do \
 	  echo "== $$script"; $(PY) $$script; done
 
 lint: $(DEV) ## check style: ruff check, ruff format

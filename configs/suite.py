@@ -1,16 +1,16 @@
 """The suite of generated tasks with the tiny model, in two stages of longer and longer clips.
 
 COMMAND: python benchmarks/suite.py --workdir runs/suite --vision_only
-         python train.py --config configs/suite.py:first --workdir runs/suite/first
-         python train.py --config configs/suite.py --workdir runs/suite/main
-Expected: benchmarks/suite.py runs the three and says what they reach.
+         python train.py --config configs/suite.py:first --workdir runs/suite/0/first
+         python train.py --config configs/suite.py --workdir runs/suite/0/main
+Expected: `make suite` runs the three for three seeds and says what they reach.
 
 As in ``configs/needle.py``, a ViT is made first and frozen. Both stages are a mixture of tasks:
-which digit was on a ground (``needle``), on which of two it came first (``order``), how many
-frames had it (``count``), and what it was before or after it changed (``change``). The clips are
-drawn when they are read; the videos of ``val``, on which the numbers here were chosen, and of
-``test`` are real H.264 files. In another directory than runs/suite, say where a stage starts:
---config.init_from=…/vision, …/first.
+which digit was on a ground (``needle``), on which of two it came first (``order``), and what it
+was before or after it changed (``change``). (A model of this size did not learn to ``count`` beside
+them: 16.5 % at a chance of 20 %.) The clips are drawn when they are read; the videos of ``val``, on
+which the numbers here were chosen, and of ``test`` are real H.264 files. In another directory than
+runs/suite/0, say where a stage starts: --config.init_from=…/vision, …/first.
 """
 
 from typing import NamedTuple
@@ -52,7 +52,7 @@ STAGES = {
     "first": Stage("vision", 4, 32, 1200, 1e-3),
     "main": Stage("first", 16, 16, 800, 7e-4),
 }
-TASKS = ("needle", "order", "count", "change")
+TASKS = ("needle", "order", "change")
 #: As many rows as the shortest clips have frames: all rows learn from the first stage on, and the
 #: frames of longer videos lie between them.
 TEMPORAL_POSITIONS = 4
@@ -73,7 +73,7 @@ def get_config(stage: str = "main") -> ml_collections.ConfigDict:
         temporal_positions=TEMPORAL_POSITIONS,
     )
     config = base_config(model)
-    config.init_from = f"runs/suite/{start}"
+    config.init_from = f"runs/suite/0/{start}"
     if start == "vision":
         config.init_missing = ("(?!vision/).*",)
     config.data.source = "suite"

@@ -36,7 +36,7 @@ VERSION = 1
 # So many are drawn before worker processes have so much as started.
 _FEW_FRAMES = 4000
 # What JsonlSource reads of a record.
-_READ = ("id", "video", "question", "answer", "group", "category")
+_READ = ("id", "video", "question", "answer", "group", "category", "reading")
 
 
 def records_of(kind: Kind, split: str, number: int) -> list[dict[str, Any]]:
