@@ -184,9 +184,9 @@ def _shown(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _label(path: str, paths: Sequence[str]) -> str:
-    """The shortest end of a path that tells it from the others."""
+    """The end of a path, two names of it or as many as tell it from the others."""
     parts = pathlib.Path(os.path.abspath(path)).parts
-    for count in range(1, len(parts)):
+    for count in range(2, len(parts)):
         end = "/".join(parts[-count:])
         if sum(os.path.abspath(other).endswith(f"/{end}") for other in paths) == 1:
             return end.replace("/", "_")
