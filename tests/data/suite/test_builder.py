@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from adacm2_jax.errors import DataError
+from adacm2_jax.errors import DataError, UserError
 from adacm2_jax.runs.data_config import DataConfig, SuiteTasks
 from adacm2_jax.video.frames import probe, read_clip
 from adacm2_jax.video.sampling import Sampling
@@ -174,3 +174,18 @@ def test_the_command_builds_sets_and_sheets(tmp_path, capsys):
     shutil.rmtree(output)
     assert main(["--output", str(output), "--task", "sing", *options]) == 1
     assert "task 'sing' is unknown" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": ()}, r"data\.suite\.tasks = \(\) must be names, such as \('needle',\)"),
+        ({"styles": (1,)}, r"data\.suite\.styles = \(1,\) must be names, such as \('grounds',\)"),
+        ({"ages": (1, 2.5)}, r"data\.suite\.ages = \(1, 2\.5\) must be whole numbers"),
+        ({"questions_per_video": 0}, r"data\.suite\.questions_per_video = 0 must be at least 1"),
+        ({"share": -0.5}, r"data\.suite\.share = -0\.5 must be at least 0"),
+    ],
+)
+def test_fields_that_cannot_be_are_named(changes, message):
+    with pytest.raises(UserError, match=message):
+        SuiteTasks(**changes)
