@@ -7,6 +7,7 @@
 # ACCELERATOR    cuda, cuda12, cuda13 or tpu: adds that build of jax to .venv, at the pinned version
 # WORKERS        processes that share the tests
 # RUN            a finished run, for the checks of the server
+# BESIDE         another checkout, for bench-loader
 # TEST_XLA       XLA_FLAGS of the tests; empty for what users have
 # PYTEST_ARGS    passed to pytest, for example PYTEST_ARGS='-k memory -x'
 # LOCK_ARGS      passed to uv, for example LOCK_ARGS=--upgrade
@@ -90,12 +91,12 @@ DEV := $(STAMP)-dev $(ACCELERATED)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install quickstart test check-latest check-transformers check-real-weights check-port \
-  check-beam check-wheel check-demo check-openai check-lmms-eval check-captions check-tasks check-reproduce check-eval-kills check-curves check-faults check-serve check-hostile check-int8 check-memory check-stream check-full-size check-gpu-program memory-table late-questions suite bench lint typecheck format lock clean
+  check-beam check-wheel check-demo check-openai check-lmms-eval check-captions check-tasks check-reproduce check-eval-kills check-curves check-faults check-serve check-hostile check-int8 check-memory check-stream check-full-size check-gpu-program memory-table late-questions suite bench bench-loader lint typecheck format lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
 	  awk -F '\t' '{ printf "  make %-19s %s\n", $$1, $$2 }'
-	@echo "Settings: PYTHON PYTHON_LATEST ACCELERATOR=cuda|cuda12|cuda13|tpu WORKERS RUN TEST_XLA PYTEST_ARGS LOCK_ARGS (see the top of Makefile)"
+	@echo "Settings: PYTHON PYTHON_LATEST ACCELERATOR=cuda|cuda12|cuda13|tpu WORKERS RUN BESIDE TEST_XLA PYTEST_ARGS LOCK_ARGS (see the top of Makefile)"
 
 install: $(RUNNABLE) ## install into .venv what the scripts need
 
@@ -227,6 +228,9 @@ suite: $(DEV) ## train on the suite of generated tasks, three seeds, and compare
 bench: $(DEV) ## run every benchmark, each prints ratios
 	@set -e; for script in $(filter-out benchmarks/check_% benchmarks/_% benchmarks/memory_table.py benchmarks/late_questions.py benchmarks/suite.py benchmarks/gpu.py,$(sort $(wildcard benchmarks/*.py))); do \
 	  echo "== $$script"; $(PY) $$script; done
+
+bench-loader: $(DEV) ## measure how much a core reads: features, frames of videos (BESIDE: another checkout, in turn)
+	$(PY) benchmarks/loader.py $(if $(BESIDE),--beside $(BESIDE))
 
 lint: $(DEV) ## check style: ruff check, ruff format
 	$(PY) -m ruff check

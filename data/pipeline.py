@@ -15,6 +15,7 @@ import numpy as np
 
 from adacm2_jax.errors import DataError, UserError, printable
 from adacm2_jax.video.frames import Sampling, read_clip
+from data.feature_cache.reading import StoredClip, read_clips
 from data.jsonl import Example
 from data.workers import deaf_to_signals, live_as_long_as_parent
 
@@ -112,7 +113,9 @@ class TrainingBatches:
         workers: int,
         rank: int,
         world: int,
+        ahead: int,
     ):
+        self._ahead = ahead
         self._rows = dataset.seed(seed).shuffle().repeat()
         self._batch_size, self._workers = batch_size, workers
         self._rank, self._world = rank, world
@@ -128,7 +131,7 @@ class TrainingBatches:
             # Endless rows leave no remainder; counting it overflows where batch_size is 1.
             size = self._batch_size // self._world
             self._reader = iter_batches(
-                rows.batch(size, drop_remainder=True, batch_fn=stack), self._workers
+                rows.batch(size, drop_remainder=True, batch_fn=stack), self._workers, self._ahead
             )
         batch = next(self._reader)
         self.examples += self._batch_size
@@ -154,6 +157,7 @@ def training_batches(
     workers: int = 0,
     rank: int = 0,
     world: int = 1,
+    ahead: int = 4,
 ) -> TrainingBatches:
     """An endless iterator over shuffled batches of this process.
 
@@ -173,6 +177,7 @@ def training_batches(
       seed: of the shuffling.
       workers: processes that decode; 0 decodes in threads of this one.
       rank, world: this process and their number.
+      ahead: batches that threads read ahead, where there are no worker processes.
 
     Raises:
       DataError: if there are fewer examples than rows, or the rows do not divide over processes.
@@ -184,13 +189,13 @@ def training_batches(
         )
     if batch_size % world:
         raise DataError(f"batch_size = {batch_size} does not divide over {world} processes")
-    return TrainingBatches(dataset, batch_size, seed, workers, rank, world)
+    return TrainingBatches(dataset, batch_size, seed, workers, rank, world, ahead)
 
 
-def iter_batches(batches: grain.MapDataset, workers: int) -> BatchReader:
+def iter_batches(batches: grain.MapDataset, workers: int, ahead: int = 4) -> BatchReader:
     """Reads batches ahead: in ``workers`` processes, or in threads of this one; the same order."""
     if not workers:
-        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+        options = grain.ReadOptions(num_threads=min(2, ahead), prefetch_buffer_size=ahead)
         return BatchReader(iter(batches.to_iter_dataset(options)), 0)
     dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
     processes = grain.MultiprocessingOptions(num_workers=workers)
@@ -250,7 +255,13 @@ class BatchReader:
 
 
 def stack(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Rows of :class:`LoadClip` as one batch; texts become arrays of strings."""
+    """Rows of :class:`LoadClip`, or stored clips, as one batch; texts become arrays of strings."""
     texts = ("question", "answer")
-    batch = {key: np.stack([row[key] for row in rows]) for key in rows[0] if key not in texts}
+    batch = {
+        key: read_clips([row[key] for row in rows])
+        if isinstance(rows[0][key], StoredClip)
+        else np.stack([row[key] for row in rows])
+        for key in rows[0]
+        if key not in texts
+    }
     return batch | {key: np.array([row[key] for row in rows]) for key in texts}

@@ -48,8 +48,7 @@ def training_set(
     data, model, load = experiment.data, experiment.model, clip_loader(experiment)
     if data.features:
         shape = (load.num_frames, model.vision.tokens_per_frame, model.vision.width)
-        result = "bfloat16" if model.feature_dtype == "bfloat16" else "float32"
-        return open_features(data.features, source, load, vision, shape, result)
+        return open_features(data.features, source, load, vision, shape, data.features_local)
     if data.cache:
         return cached_clips(source, load, data.cache_dir, data.workers)
     return clips(source, load)

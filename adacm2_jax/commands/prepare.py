@@ -152,6 +152,8 @@ def report(output: str, manifest: dict) -> str:
     )
     if error["rms"]:
         lines += f"; error {error['rms']:.2e} rms, {error['largest']:.2e} at most (of a token)"
+    if done["stored"] < done["frames"]:
+        lines += f"; clips share frames, {done['stored']} are stored"
     if done["unreadable"]:
         lines += f"; {done['unreadable']} clips could not be read"
     return lines

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -19,7 +19,8 @@ from adacm2_jax.runs.load import vision_params
 from adacm2_jax.sharding import make_mesh
 from adacm2_jax.training.step import refuse_learning
 from data.feature_cache import cache
-from data.feature_cache.shards import missing_shards, shard_clips, write_shard
+from data.feature_cache.shards import Windows, missing_shards, shard_clips, write_shard
+from data.feature_cache.windows import LoadRun, Run, SharedVideo
 from data.jsonl import Example
 from data.pipeline import clips, iter_batches, stack
 from data.sources import open_source
@@ -47,17 +48,18 @@ class Job:
         return experiments.read(json.loads(self.config))
 
 
-class Some(Sequence[Example]):
-    """Some examples of a source."""
+class Parts(Sequence[Example | Run]):
+    """What is decoded one after the other: examples of a source, by number, and runs."""
 
-    def __init__(self, source: Sequence[Example], numbers: Sequence[int]):
-        self._source, self._numbers = source, numbers
+    def __init__(self, source: Sequence[Example], parts: Sequence[int | Run]):
+        self._source, self._parts = source, parts
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self._parts)
 
     def __getitem__(self, index):
-        return self._source[self._numbers[index]]
+        part = self._parts[index]
+        return part if isinstance(part, Run) else self._source[part]
 
 
 class Worker:
@@ -70,9 +72,11 @@ class Worker:
 
     def __init__(self, job: Job, workers: int = 0):
         config = job.experiment()
-        self._load = clip_loader(config)
+        load = clip_loader(config)
+        self._load = LoadRun(**{f.name: getattr(load, f.name) for f in dataclasses.fields(load)})
         self._source = main_first(lambda: open_source(config.data, job.split))
         self._first = cache.clips_of(self._source)[0]
+        self._videos = cache.videos_of(self._source)
         self._output, self._workers = job.output, workers
         mesh = make_mesh((-1, 1), jax.local_devices())
         params = load_vision(config, mesh)
@@ -87,19 +91,48 @@ class Worker:
         """
         cache.check_fit(self._output, manifest, {"vision": self.vision})
         if shard in missing_shards(self._output, manifest):
-            numbers = [self._first[clip] for clip in shard_clips(manifest, shard)]
-            features = self._features(Some(self._source, numbers))
-            write_shard(self._output, manifest, shard, features)
+            write_shard(self._output, manifest, shard, self._features(manifest, shard))
 
-    def _features(self, examples: Sequence[Example]) -> Iterator[np.ndarray]:
+    def _features(self, manifest: dict, shard: int) -> Iterator[np.ndarray | Windows]:
+        """What ``write_shard`` takes."""
+        places, first = shard_clips(manifest, shard), 0
+        videos: list[int | SharedVideo] = []
+        for clips_of_video in self._videos:
+            if first in places:
+                examples = [self._first[clip] for clip in clips_of_video]
+                shared = len(examples) > 1
+                videos.append(self._shared(examples) if shared else examples[0])
+            first += len(clips_of_video)
+        parts: list[int | Run] = []
+        for video in videos:
+            parts += video.runs if isinstance(video, SharedVideo) else [video]
+        computed = self._computed(Parts(self._source, parts))
+        try:
+            for video in videos:
+                if isinstance(video, SharedVideo):
+                    yield video.windows(computed)
+                else:
+                    yield next(computed)[0]
+        finally:
+            computed.close()
+
+    def _shared(self, examples: Sequence[int]) -> SharedVideo:
+        return SharedVideo([self._source[number] for number in examples], self._load)
+
+    def _computed(self, parts: Parts) -> Generator[tuple[np.ndarray, bool], None, None]:
+        """The features of clips and runs, and whether a run's file is cut short after it."""
+        if not len(parts):  # Grain has no batches of nothing
+            return
         # Decoding processes divide batches among themselves, so one clip is a batch there.
-        batches = clips(examples, self._load).batch(1, drop_remainder=False, batch_fn=stack)
+        batches = clips(parts, self._load).batch(1, drop_remainder=False, batch_fn=stack)
         reader = iter_batches(batches, self._workers)
         rows = self._encoder.clips(self._load.num_frames)
         try:
             while group := list(itertools.islice(reader, rows)):
                 frames, valid = ([each[key] for each in group] for key in ("frames", "valid"))
-                yield from self._encoder(np.concatenate(frames), np.concatenate(valid))
+                features = self._encoder(np.concatenate(frames), np.concatenate(valid))
+                cuts = [bool(each.get("cut", [False])[0]) for each in group]
+                yield from zip(features, cuts, strict=True)
         finally:
             reader.close()
 

@@ -117,7 +117,9 @@ def train_and_evaluate(
             dataset,
             batch_size=config.train.batch_size,
             seed=config.seed,
-            workers=config.data.workers,
+            # What is stored needs no processes, and is large: two batches are ahead of the step's.
+            workers=0 if config.data.features else config.data.workers,
+            ahead=2 if config.data.features else 4,
             rank=rank,
             world=world,
         )

@@ -132,6 +132,16 @@ def temporal_position(index: jax.Array, total: jax.Array, rows: int) -> jax.Arra
     return jnp.minimum(jnp.where(total > rows, spread, index), rows - 1).astype(jnp.float32)
 
 
+def widen(kept: jax.Array, dtype: str) -> jax.Array:
+    """Features as they are kept (``encode_frames``) in ``dtype``; the rounding is the host's."""
+    if kept.dtype == jnp.int8:
+        scales = jax.lax.bitcast_convert_type(kept[..., -4:], jnp.float32)
+        kept = kept[..., :-4].astype(jnp.float32) * scales[..., None]
+    if kept.dtype == jnp.float32 and dtype == "bfloat16":
+        kept = jax.lax.reduce_precision(kept, 8, 7)  # or XLA may leave the rounding out
+    return kept.astype(dtype)
+
+
 class AdaCM2(nn.Module):
     """The model. Its methods are called through :func:`call`."""
 
@@ -157,10 +167,11 @@ class AdaCM2(nn.Module):
     def encode_frames(self, frames: jax.Array) -> jax.Array:
         """The ViT on a chunk: uint8[B, F, height, width, 3] → [B, F, P, V] in ``feature_dtype``.
 
-        What has been through the ViT before (a cache of features) is handed on.
+        What has been through the ViT before (a cache of features) is handed on: [B, F, P, V] of
+        floats, or int8[B, F, P, V + 4], whose last four bytes are the token's scale, a float32.
         """
         if frames.ndim == 4:
-            return frames.astype(self.config.feature_dtype)
+            return widen(frames, self.config.feature_dtype)
 
         def encode(images: jax.Array) -> jax.Array:
             pixels = normalise(images)

@@ -115,6 +115,8 @@ class DataConfig:
       cache: keep decoded training clips on disk (short videos, many epochs).
       cache_dir: where.
       features: a directory of ``adacm2 prepare``: its features are read instead of training clips.
+      features_local: a directory of this machine (a disk, or /dev/shm) where frames of ``features``
+        are kept once they have been read; empty: none.
       workers: decoding processes in training; 0 decodes in threads.
     """
 
@@ -132,6 +134,7 @@ class DataConfig:
     cache: bool = False
     cache_dir: str = "runs/cache"
     features: str = ""
+    features_local: str = ""
     workers: int = 0
 
     def __post_init__(self):

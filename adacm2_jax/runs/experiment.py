@@ -27,7 +27,7 @@ MAY_CHANGE = {
     # They do not alter what the steps compute; train.steps says where the run ends.
     "resume": (
         *("eval.", "generation.", "checkpoint.", "train.log_every", "train.chunk", "train.steps"),
-        *("data.cache", "data.data_dir", "data.workers", "mesh"),
+        *("data.cache", "data.data_dir", "data.features_local", "data.workers", "mesh"),
     ),
     "evaluate": (
         *(f"model.{name}" for name in _FREE),

@@ -24,7 +24,7 @@ from adacm2_jax.runs.experiment import Experiment, to_dict
 
 #: Fields of an experiment that change no prediction.
 _IDLE = {
-    "data": ("workers", "cache", "cache_dir", "data_dir", "features", "jitter"),
+    "data": ("workers", "cache", "cache_dir", "data_dir", "features", "features_local", "jitter"),
     "eval": ("workers", "every"),
 }
 _UNUSED = ("train", "optim", "checkpoint", "init_missing", "init_from", "tokenizers")

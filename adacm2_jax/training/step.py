@@ -84,7 +84,8 @@ def abstract_train_state(
 class Batch(struct.PyTreeNode):
     """Clips with questions and answers, ready for the device."""
 
-    #: uint8[B, T, height, width, 3]; or what the ViT makes of them, [B, T, P, V].
+    #: uint8[B, T, height, width, 3]; or what the ViT makes of them, [B, T, P, V], as it is kept
+    #: (``AdaCM2.encode_frames``).
     frames: jax.Array
     #: bool[B, T]: false on padded frames.
     valid: jax.Array

@@ -29,10 +29,12 @@ __all__ = [
     "VideoInfo",
     "pictures_at",
     "probe",
+    "read_at",
     "read_clip",
     "read_frames",
     "read_pictures",
     "sample_times",
+    "window_times",
 ]
 
 
@@ -111,12 +113,7 @@ def read_frames(
         raise DataError(f"size={size}, chunk={chunk}: both must be 1 or more")
     with _as_data_error(source):
         decoder = _open(source)
-        if start is None and (end is None or end > decoder.begins):
-            start = decoder.begins
-        try:
-            times = sample_times(decoder.duration, sampling, start, end, rng)
-        except DataError as error:
-            raise DataError(f"{decoder.name}: {error}") from None
+        times = _times(decoder, sampling, start, end, rng)
         if on_truncated == "error":
             decoder.check_stored(times[-1])
     return len(times), _chunks(decoder, times, size, chunk, resize, on_truncated, on_warning)
@@ -159,14 +156,67 @@ def read_pictures(
     """
     with _as_data_error(source):
         decoder = _open(source)
-        if start is None and (end is None or end > decoder.begins):
-            start = decoder.begins
-        try:
-            times = sample_times(decoder.duration, sampling, start, end)
-        except DataError as error:
-            raise DataError(f"{decoder.name}: {error}") from None
+        times = _times(decoder, sampling, start, end)
         decoder.check_stored(times[-1])
     return times, _pictures(decoder, times)
+
+
+def window_times(
+    source: Source,
+    sampling: Sampling,
+    windows: Sequence[tuple[float | None, float | None]],
+    on_truncated: str = "error",
+) -> list[np.ndarray | DataError]:
+    """The instants that :func:`read_frames` chooses in each part of a video; nothing is decoded.
+
+    Args:
+        source, sampling, on_truncated: as for `read_frames`.
+        windows: ``start`` and ``end`` of each part.
+    Returns:
+        For each float64[T], seconds from the file's start, or the error of that part alone.
+    Raises:
+        DataError: the file cannot be opened.
+    """
+    found: list[np.ndarray | DataError] = []
+    with _as_data_error(source):
+        decoder = _open(source)
+        for start, end in windows:
+            try:
+                times = _times(decoder, sampling, start, end)
+                if on_truncated == "error":
+                    decoder.check_stored(times[-1])
+                found.append(times)
+            except DataError as error:
+                found.append(error)
+    return found
+
+
+def read_at(
+    source: Source, times: np.ndarray, *, size: int, resize: str = "clean"
+) -> tuple[np.ndarray, DataError | None]:
+    """The frames shown at some instants, made square; those before whatever stops the decoder.
+
+    Args:
+        source, size, resize: as for `read_frames`.
+        times: float64[n], seconds from the file's start, not decreasing.
+    Returns:
+        uint8[m, size, size, 3], m at most n, and why the rest is missing, or None.
+    """
+    frames = np.empty((len(times), size, size, 3), np.uint8)
+    done = 0
+    try:
+        with _as_data_error(source):
+            decoder = _open(source)
+            read = _Reader(decoder, size, resize)
+            for time in times:
+                picture = read(np.array([time]))
+                if read.truncated is not None:
+                    return frames[:done], read.truncated
+                frames[done] = picture[0]
+                done += 1
+    except DataError as error:
+        return frames[:done], error
+    return frames, None
 
 
 def pictures_at(source: Source, times: Sequence[float]) -> Iterator[np.ndarray]:
@@ -183,6 +233,21 @@ def pictures_at(source: Source, times: Sequence[float]) -> Iterator[np.ndarray]:
     with _as_data_error(source):
         decoder = _open(source)
     yield from _pictures(decoder, times)
+
+
+def _times(
+    decoder: Decoder,
+    sampling: Sampling,
+    start: float | None,
+    end: float | None,
+    rng: np.random.Generator | None = None,
+) -> np.ndarray:
+    if start is None and (end is None or end > decoder.begins):
+        start = decoder.begins
+    try:
+        return sample_times(decoder.duration, sampling, start, end, rng)
+    except DataError as error:
+        raise DataError(f"{decoder.name}: {error}") from None
 
 
 def _pictures(decoder: Decoder, times: Sequence[float] | np.ndarray) -> Iterator[np.ndarray]:

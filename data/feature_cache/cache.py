@@ -3,10 +3,11 @@
 A cache is a directory::
 
     manifest.json                             what it was made from, and what is in it
-    features-00003-of-00016.array_record      one shard, see shards.py
+    features-00003-of-00016.frames            one shard, see shards.py
 
-A *clip* is a video and the part of it that counts; examples that ask about the same clip share a
-record. What is missing can be computed at any time, anywhere, by anybody (``adacm2 prepare``).
+A *clip* is a video and the part of it that counts; examples that ask about the same clip share one,
+and clips of one video share the frames that they have in common (windows.py). What is missing can
+be computed at any time, anywhere, by anybody (``adacm2 prepare``).
 """
 
 from __future__ import annotations
@@ -22,27 +23,24 @@ from typing import Any
 
 import grain
 import numpy as np
-from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from adacm2_jax.errors import DataError
 from adacm2_jax.files import beside_path
+from data.feature_cache.reading import FeatureClips
 from data.feature_cache.shards import (
     DTYPES,
     Error,
-    damaged,
+    frame_bytes,
     missing_shards,
-    record_bytes,
-    shard_bounds,
-    shard_figures,
+    read_index,
     shard_path,
-    unpack,
 )
 from data.jsonl import Example, JsonlSource
 from data.pipeline import LoadClip
 
 MANIFEST = "manifest.json"
 #: Changes when the files of older versions cannot be read any more.
-_FORMAT = 1
+_FORMAT = 2
 #: Bytes of a shard, about, unless their number is given.
 _SHARD_BYTES = 1e9
 _COMPARED = ("source", "load", "vision", "shape")
@@ -68,8 +66,22 @@ def clips_of(source: Sequence[Example]) -> tuple[list[int], np.ndarray]:
     return first, np.array(of)
 
 
+def videos_of(source: Sequence[Example]) -> list[list[int]]:
+    """The clips of each video of a source, by their numbers in :func:`clips_of`.
+
+    Their order, video by video, is that of the clips in the cache.
+    """
+    first, _ = clips_of(source)
+    if not isinstance(source, JsonlSource):
+        return [[clip] for clip in range(len(first))]
+    found: dict[Any, list[int]] = {}
+    for clip, index in enumerate(first):
+        found.setdefault(source[index].video, []).append(clip)
+    return list(found.values())
+
+
 def describe_source(source: Sequence[Example]) -> dict[str, Any]:
-    """What a cache remembers of its source: the number of clips, and a hash of what they are.
+    """What a cache remembers of its source: the numbers of clips and videos, and a hash of them.
 
     Of JSON lines the hash has each video's path beside the file, its size and time, and the part
     that counts; questions and answers may change, for features do not depend on them.
@@ -86,7 +98,8 @@ def describe_source(source: Sequence[Example]) -> dict[str, Any]:
             text += f"{os.path.relpath(video, beside)} {file} {example.start} {example.end}\n"
     else:
         text = source.fingerprint()  # type: ignore[attr-defined]
-    return {"clips": len(first), "files": hashlib.sha256(text.encode()).hexdigest()[:16]}
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return {"clips": len(first), "videos": len(videos_of(source)), "files": digest}
 
 
 def make_manifest(
@@ -120,10 +133,13 @@ def make_manifest(
     if dtype not in DTYPES:
         raise DataError(f"dtype {dtype!r} is unknown; features are kept as {', '.join(DTYPES)}")
     described = describe_source(source)
-    most = record_bytes(shape, dtype)
-    clips = described["clips"]
-    if shards < 0 or shards > clips:
-        raise DataError(f"{shards} shards for {clips} clips: it must be 1 to {clips}, or 0")
+    videos, counts = described["videos"], [len(clips) for clips in videos_of(source)]
+    if shards < 0 or shards > videos:
+        raise DataError(f"{shards} shards for {videos} videos: it must be 1 to {videos}, or 0")
+    if not shards:
+        most = described["clips"] * shape[0] * frame_bytes(shape, dtype)
+        shards = min(videos, max(8, math.ceil(most / _SHARD_BYTES)))
+    ends = np.cumsum([0, *counts])
     how = dataclasses.asdict(load)
     if not load.sampling.grid:
         del how["sampling"]["grid"]  # caches that are older than the field have none
@@ -134,7 +150,9 @@ def make_manifest(
         "vision": vision,
         "dtype": dtype,
         "shape": list(shape),
-        "shards": shards or min(clips, max(8, math.ceil(clips * most / _SHARD_BYTES))),
+        "shards": shards,
+        # Places of clips: videos are divided over the shards.
+        "bounds": [int(ends[shard * videos // shards]) for shard in range(shards + 1)],
         "computed": computed,
     }
 
@@ -197,19 +215,20 @@ def with_key(manifest: dict[str, Any]) -> dict[str, Any]:
 def finish(directory: str | os.PathLike, manifest: dict[str, Any]) -> dict[str, Any]:
     """Writes the manifest of a cache whose shards are all there; returns it.
 
-    It then has ``done``: how many frames, bytes and videos that could not be read there are, and
-    the error of ``dtype`` (see :meth:`Error.report`).
+    It then has ``done``: how many frames the clips have, how many are stored (fewer where clips
+    share some), bytes and clips that could not be read, and the error of ``dtype`` (see
+    :meth:`Error.report`).
 
     Raises:
       DataError: if a shard is damaged, or belongs to another cache.
     """
-    error, done = Error(), {"frames": 0, "unreadable": 0, "bytes": 0}
+    error, done = Error(), {"frames": 0, "stored": 0, "unreadable": 0, "bytes": 0}
     for shard in range(manifest["shards"]):
         path = shard_path(directory, manifest, shard)
-        figures = shard_figures(path, manifest, shard)
+        figures = read_index(path, manifest, shard).figures
         error.merge(figures["error"])
         done["bytes"] += path.stat().st_size
-        for name in ("frames", "unreadable"):
+        for name in ("frames", "stored", "unreadable"):
             done[name] += figures[name]
     manifest = manifest | {"done": done | {"error": error.report()}}
     write_manifest(directory, manifest)
@@ -231,69 +250,13 @@ def check_fit(
         )
 
 
-class FeatureClips:
-    """What ``LoadClip`` gives for every example, with features [T, P, V] in place of pixels.
-
-    Args:
-      directory: of a complete cache.
-      manifest: its own.
-      source: of the examples.
-      result: dtype of the features, ``bfloat16`` or ``float32``.
-    """
-
-    def __init__(
-        self,
-        directory: str | os.PathLike,
-        manifest: dict[str, Any],
-        source: Sequence[Example],
-        result: str,
-    ):
-        self._directory, self._manifest = pathlib.Path(directory), manifest
-        self._source, self._result = source, result
-        self._of = clips_of(source)[1]
-        self._bounds = np.array(shard_bounds(manifest))
-        self._records: ArrayRecordDataSource | None = None
-
-    def __len__(self) -> int:
-        return len(self._of)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if self._records is None:
-            paths = _paths(self._directory, self._manifest)
-            self._records = ArrayRecordDataSource([os.fspath(path) for path in paths])
-        clip, shape = int(self._of[index]), self._manifest["shape"]
-        shard = int(np.searchsorted(self._bounds, clip, side="right")) - 1
-        try:
-            record = self._records[clip + shard]  # every shard before has one record more
-        except RuntimeError as error:
-            path = shard_path(self._directory, self._manifest, shard)
-            raise damaged(path, error) from None
-        found = unpack(record, shape, self._manifest["dtype"], self._result)
-        features, valid = np.zeros(shape, found.dtype), np.zeros(shape[0], bool)
-        features[: len(found)], valid[: len(found)] = found, True
-        example = self._source[index]
-        return {
-            "index": np.uint32(index),
-            "frames": features,
-            "valid": valid,
-            "question": example.question,
-            "answer": example.answer or "",
-        }
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_records": None}  # another process opens the files itself
-
-    def __repr__(self) -> str:
-        return f"FeatureClips({self._directory})"
-
-
 def open_features(
     directory: str | os.PathLike,
     source: Sequence[Example],
     load: LoadClip,
     vision: dict[str, Any],
     shape: tuple[int, int, int],
-    result: str,
+    local: str | os.PathLike | None = None,
 ) -> grain.MapDataset:
     """Opens a cache for training.
 
@@ -303,7 +266,7 @@ def open_features(
       load: how the experiment reads clips.
       vision: what features depend on in the ViT; what it lacks is not compared.
       shape: T, P, V of the experiment.
-      result: dtype of the features.
+      local: a directory of this machine where frames that were read are kept, or None.
 
     Returns:
       The data set for ``data.pipeline.training_batches``.
@@ -326,9 +289,9 @@ def open_features(
             f"data.features = {directory}: {len(missing)} of {manifest['shards']} shards are "
             "missing; run adacm2 prepare again, it goes on with them"
         )
-    for shard, path in enumerate(_paths(directory, manifest)):
-        shard_figures(path, manifest, shard)
-    return grain.MapDataset.source(FeatureClips(directory, manifest, source, result))
+    order = np.concatenate(videos_of(source))
+    places = np.argsort(order)[clips_of(source)[1]]
+    return grain.MapDataset.source(FeatureClips(directory, manifest, source, places, local))
 
 
 def check_weights(directory: str | os.PathLike, vision: dict[str, Any]) -> None:
@@ -342,7 +305,3 @@ def check_weights(directory: str | os.PathLike, vision: dict[str, Any]) -> None:
       DataError: if not.
     """
     check_fit(directory, read_manifest(directory) or {}, {"vision": vision})
-
-
-def _paths(directory: str | os.PathLike, manifest: dict[str, Any]) -> list[pathlib.Path]:
-    return [shard_path(directory, manifest, shard) for shard in range(manifest["shards"])]

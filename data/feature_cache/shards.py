@@ -1,73 +1,83 @@
-"""Shards of a feature cache: runs of clips in array_record files, one record a clip.
+"""Shards of a feature cache: the frames of some videos, each once, and which of them a clip has.
 
-A record is the number n of frames (uint32), then, for int8 alone, the scales float32[n, P], then
-the features [n, P, V]; everything little-endian, padding left out. int8 has one scale a token: the
-largest absolute value in it is 127.
+A shard is the frames, back to back, ``[P, V]`` each; for int8 ``[P, V + 4]``: a token's last four
+bytes are its scale, a float32, with which its largest absolute value is 127. Then comes the index::
 
-Shard s of S holds clips ``s·N/S`` to ``(s+1)·N/S``, then one more record: the shard's own figures
-as JSON, with the key of the manifest that it belongs to. A shard gets its name when it is complete,
-so one that is there is whole.
+    uint64[N]         the sum of each frame's bytes, see frame_sum
+    uint32[clips]     where each clip's frames end in the next list
+    uint32[…]         numbers of the frames of each clip in turn
+    JSON              the shard's figures, with the key of the manifest that it belongs to
+    48 bytes          SHA-256 of all that; the length of the JSON, uint64; a mark
+
+All numbers are little-endian. So a clip is read straight to where it is wanted, and what is read is
+compared with its sum. A shard gets its name when it is complete, so one that is there is whole.
 """
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
+import hashlib
+import itertools
 import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from array_record.python.array_record_data_source import ArrayRecordDataSource
-from array_record.python.array_record_module import ArrayRecordWriter
 
 from adacm2_jax.errors import DataError
 from adacm2_jax.files import beside_path
 
 DTYPES = ("bfloat16", "float32", "int8")
-_COUNT = np.dtype("<u4")
-_SCALE = np.dtype("<f4")
+#: Bytes of a token's scale, behind its numbers.
+SCALE = 4
+_MARK = b"adacm2f2"
+_TRAILER = struct.Struct("<32sQ8s")
 
 
-def record_bytes(shape: Sequence[int], dtype: str) -> int:
-    """The size of a record of a clip without padding, bytes."""
-    frames, tokens, width = shape
-    scales = tokens * _SCALE.itemsize if dtype == "int8" else 0
-    return _COUNT.itemsize + frames * (tokens * width * numpy_dtype(dtype).itemsize + scales)
+def kept_shape(shape: Sequence[int], dtype: str) -> tuple[int, ...]:
+    """The shape in which features [..., P, V] are kept."""
+    return (*shape[:-1], shape[-1] + (SCALE if dtype == "int8" else 0))
 
 
-def pack(features: np.ndarray, dtype: str) -> bytes:
-    """A record.
+def frame_bytes(shape: Sequence[int], dtype: str) -> int:
+    """The size of a frame, bytes; ``shape`` is T, P, V."""
+    return math.prod(kept_shape(shape[1:], dtype)) * numpy_dtype(dtype).itemsize
+
+
+def pack(features: np.ndarray, dtype: str) -> np.ndarray:
+    """Features [..., P, V] as they are kept, see :func:`kept_shape`."""
+    if dtype != "int8":
+        return np.ascontiguousarray(features, numpy_dtype(dtype))
+    wide = features.astype(np.float32)
+    scales = np.abs(wide).max(-1, keepdims=True).astype("<f4") / np.float32(127)
+    rounded = np.rint(wide / np.where(scales > 0, scales, 1)).astype(np.int8)
+    return np.concatenate([rounded, scales.astype("<f4").view(np.int8)], -1)
+
+
+def unpack(kept: np.ndarray, result: str) -> np.ndarray:
+    """Features [..., P, V] in dtype ``result`` of what is kept; a training step does the same."""
+    if kept.dtype == np.int8:
+        scales = np.ascontiguousarray(kept[..., -SCALE:]).view("<f4")
+        kept = kept[..., :-SCALE] * scales  # float32
+    return kept.astype(numpy_dtype(result), copy=False)
+
+
+def frame_sum(frame: np.ndarray) -> int:
+    """What tells a damaged frame: its bytes as 64-bit words, filled up with zeros, added up.
+
+    It is as fast as memory. A changed word never passes, noise in place of a frame once in 2^64.
 
     Args:
-      features: [n, P, V], of the frames that are there.
-      dtype: of :data:`DTYPES`.
+      frame: uint8[n], contiguous.
     """
-    count = np.array(len(features), _COUNT).tobytes()
-    if dtype != "int8":
-        return count + np.ascontiguousarray(features, numpy_dtype(dtype)).tobytes()
-    wide = features.astype(np.float32)
-    scales = np.abs(wide).max(-1).astype(_SCALE) / 127
-    rounded = np.rint(wide / np.where(scales > 0, scales, 1)[..., None])
-    return count + scales.tobytes() + rounded.astype(np.int8).tobytes()
-
-
-def unpack(record: bytes, shape: Sequence[int], dtype: str, result: str) -> np.ndarray:
-    """The features [n, P, V] of a record, n at most T, in dtype ``result``."""
-    _, tokens, width = shape
-    count = int(np.frombuffer(record, _COUNT, 1)[0])
-    start, size = _COUNT.itemsize, (count, tokens, width)
-    scales = None
-    if dtype == "int8":
-        scales = np.frombuffer(record, _SCALE, count * tokens, start).reshape(count, tokens, 1)
-        start += scales.nbytes
-    features = np.frombuffer(record, numpy_dtype(dtype), math.prod(size), start).reshape(size)
-    if scales is not None:
-        features = features * scales  # float32
-    return features.astype(numpy_dtype(result), copy=False)
+    whole = len(frame) // 8 * 8
+    total = int(np.add.reduce(frame[:whole].view(np.uint64), dtype=np.uint64))
+    return (total + int.from_bytes(frame[whole:].tobytes(), "little")) % 2**64
 
 
 class Error:
@@ -108,21 +118,13 @@ class Error:
 
 
 def shard_clips(manifest: dict[str, Any], shard: int) -> range:
-    """The clips of a shard."""
-    bounds = shard_bounds(manifest)
-    return range(bounds[shard], bounds[shard + 1])
-
-
-def shard_bounds(manifest: dict[str, Any]) -> list[int]:
-    """The first clip of every shard, and the number of clips."""
-    clips, shards = manifest["source"]["clips"], manifest["shards"]
-    return [shard * clips // shards for shard in range(shards + 1)]
+    """The clips of a shard, by their place in the cache."""
+    return range(manifest["bounds"][shard], manifest["bounds"][shard + 1])
 
 
 def shard_path(directory: str | os.PathLike, manifest: dict[str, Any], shard: int) -> pathlib.Path:
     """Where a shard is, once it is complete."""
-    name = f"features-{shard:05d}-of-{manifest['shards']:05d}.array_record"
-    return pathlib.Path(directory) / name
+    return pathlib.Path(directory) / f"features-{shard:05d}-of-{manifest['shards']:05d}.frames"
 
 
 def missing_shards(directory: str | os.PathLike, manifest: dict[str, Any]) -> list[int]:
@@ -138,7 +140,8 @@ def check_room(directory: str | os.PathLike, manifest: dict[str, Any]) -> None:
       DataError: if not.
     """
     clips = sum(len(shard_clips(manifest, s)) for s in missing_shards(directory, manifest))
-    size = clips * record_bytes(manifest["shape"], manifest["dtype"])
+    shape = manifest["shape"]
+    size = clips * shape[0] * frame_bytes(shape, manifest["dtype"])
     existing = pathlib.Path(directory)
     while not existing.exists():
         existing = existing.parent
@@ -150,11 +153,24 @@ def check_room(directory: str | os.PathLike, manifest: dict[str, Any]) -> None:
         )
 
 
+@dataclasses.dataclass
+class Windows:
+    """Clips that are windows of one video, so that they share frames.
+
+    Attributes:
+      parts: the features [n, P, V] of the video's frames, in order; used up once.
+      clips: asked after that: the numbers of the frames of each clip, in ``parts``.
+    """
+
+    parts: Iterator[np.ndarray]
+    clips: Callable[[], list[np.ndarray]]
+
+
 def write_shard(
     directory: str | os.PathLike,
     manifest: dict[str, Any],
     shard: int,
-    features: Iterable[np.ndarray],
+    features: Iterable[np.ndarray | Windows],
 ) -> None:
     """Writes a shard beside, then gives it its name.
 
@@ -163,86 +179,146 @@ def write_shard(
       manifest: of the cache.
       shard: which.
       features: [n, P, V] of each of its clips, as they were computed; without a frame for a video
-        that cannot be read.
+        that cannot be read. Clips that share frames are given together.
 
     Raises:
       DataError: if the disk is full or may not be written to.
     """
-    path, dtype = shard_path(directory, manifest, shard), manifest["dtype"]
+    path = shard_path(directory, manifest, shard)
     beside = beside_path(path)
-    figures: dict[str, Any] = {"key": manifest["key"], "frames": 0, "unreadable": 0}
-    error, count = Error(), 0
     try:
-        with _Writer(path, beside) as writer:
-            for clip in features:
-                record = pack(clip, dtype)
-                writer.write(record)
-                if clip.dtype != numpy_dtype(dtype):  # else it is kept as it is
-                    error.add(unpack(record, manifest["shape"], dtype, clip.dtype.name), clip)
-                figures["frames"] += len(clip)
-                figures["unreadable"] += not len(clip)
-                count += 1
-            writer.write(json.dumps(figures | {"error": error.figures}).encode())
-        if count != len(shard_clips(manifest, shard)):
-            raise ValueError(f"shard {shard} was given {count} clips")
-        with open(beside, "rb") as file:
+        with open(beside, "wb", buffering=0) as file:
+            writer = _Writer(file, manifest["dtype"])
+            for given in features:
+                if isinstance(given, Windows):
+                    first = writer.frames
+                    for part in given.parts:
+                        writer.add(part)
+                    writer.clips += [first + numbers for numbers in given.clips()]
+                else:
+                    writer.clips.append(writer.add(given))
+            if len(writer.clips) != len(shard_clips(manifest, shard)):
+                raise ValueError(f"shard {shard} was given {len(writer.clips)} clips")
+            writer.finish(manifest["key"])
             os.fsync(file.fileno())
         beside.replace(path)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be written ({error.strerror}): make room; the same command goes on "
+            "with the shards that are missing"
+        ) from None
     finally:
         beside.unlink(missing_ok=True)
 
 
 class _Writer:
-    """An array_record file; what the disk says against it becomes a ``DataError``."""
+    """Writes a shard's frames and then its index."""
 
-    def __init__(self, path: pathlib.Path, beside: pathlib.Path):
-        self._path, self._beside = path, beside
+    def __init__(self, file: Any, dtype: str):
+        self._file, self._dtype = file, dtype
+        self._sums: list[int] = []
+        self._error = Error()
+        self.clips: list[np.ndarray] = []
 
-    def __enter__(self) -> _Writer:
-        options = "group_size:1,uncompressed"  # features hardly get smaller
-        self._writer = self._checked(ArrayRecordWriter, os.fspath(self._beside), options)
-        return self
+    @property
+    def frames(self) -> int:
+        return len(self._sums)
 
-    def write(self, record: bytes) -> None:
-        self._checked(self._writer.write, record)
+    def add(self, features: np.ndarray) -> np.ndarray:
+        """Writes frames [n, P, V]; returns their numbers."""
+        kept = pack(features, self._dtype)
+        for frame in kept:
+            piece = frame.reshape(-1).view(np.uint8)
+            self._sums.append(frame_sum(piece))
+            self._write(piece)
+        if features.dtype != numpy_dtype(self._dtype):  # else it is kept as it is
+            self._error.add(unpack(kept, features.dtype.name), features)
+        return np.arange(self.frames - len(features), self.frames)
 
-    def __exit__(self, kind: type | None, *_) -> None:
-        if kind is None:
-            self._checked(self._writer.close)
-        else:
-            with contextlib.suppress(RuntimeError):  # there is an error already
-                self._writer.close()
+    def finish(self, key: str) -> None:
+        """Writes the index."""
+        figures = {
+            "key": key,
+            "stored": self.frames,
+            "clips": len(self.clips),
+            "frames": sum(map(len, self.clips)),
+            "unreadable": sum(not len(numbers) for numbers in self.clips),
+            "error": self._error.figures,
+        }
+        numbers = np.concatenate([np.zeros(0, "<u4"), *self.clips])
+        ends = np.cumsum([len(clip) for clip in self.clips])
+        text = json.dumps(figures).encode()
+        index = np.array(self._sums, "<u8").tobytes()
+        index += ends.astype("<u4").tobytes() + numbers.astype("<u4").tobytes() + text
+        trailer = _TRAILER.pack(hashlib.sha256(index).digest(), len(text), _MARK)
+        self._write(np.frombuffer(index + trailer, np.uint8))
 
-    def _checked(self, do: Callable, *arguments: Any) -> Any:
-        try:
-            return do(*arguments)
-        except RuntimeError as error:
-            raise DataError(
-                f"{self._path} cannot be written ({str(error).split(';')[0]}): make room; the same "
-                "command goes on with the shards that are missing"
-            ) from None
+    def _write(self, piece: np.ndarray) -> None:
+        left = memoryview(piece)
+        while left:
+            left = left[self._file.write(left) :]
 
 
-def shard_figures(path: pathlib.Path, manifest: dict[str, Any], shard: int) -> dict[str, Any]:
-    """The last record of a shard: ``frames``, ``unreadable``, ``error``.
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """What a shard has.
+
+    Attributes:
+      figures: ``frames`` of all clips, ``stored`` frames, ``unreadable`` clips, ``error`` …
+      sums: uint64[N].
+      ends: uint32[clips].
+      numbers: uint32[…], of the clips' frames.
+    """
+
+    figures: dict[str, Any]
+    sums: np.ndarray
+    ends: np.ndarray
+    numbers: np.ndarray
+
+    def clip(self, place: int) -> np.ndarray:
+        """Numbers of the frames of a clip."""
+        return self.numbers[self.ends[place - 1] if place else 0 : self.ends[place]]
+
+
+def read_index(path: pathlib.Path, manifest: dict[str, Any], shard: int) -> Index:
+    """The index of a shard.
 
     Raises:
       DataError: if it is damaged, or belongs to another cache.
     """
+    frame = frame_bytes(manifest["shape"], manifest["dtype"])
     try:
-        records = ArrayRecordDataSource([os.fspath(path)])
-        count = len(records) - 1
-        figures = json.loads(records[count])
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise damaged(path, error) from None
-    if figures["key"] != manifest["key"] or count != len(shard_clips(manifest, shard)):
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _TRAILER.size))
+            digest, length, mark = _TRAILER.unpack(file.read())
+            if mark != _MARK:
+                raise ValueError("it does not end as a shard does")
+            file.seek(size - _TRAILER.size - length)
+            figures = json.loads(file.read(length))
+            counts = figures["stored"], figures["clips"], figures["frames"]
+            start = size - _TRAILER.size - length - np.dot(counts, (8, 4, 4))
+            file.seek(start)
+            index = file.read(size - _TRAILER.size - start)
+    except OSError as error:
+        raise damaged(path, error.strerror or "it cannot be read") from None
+    except (struct.error, ValueError, KeyError, TypeError) as error:
+        raise damaged(path, str(error)) from None
+    if hashlib.sha256(index).digest() != digest:
+        raise damaged(path, "its index has changed")
+    if figures["key"] != manifest["key"] or counts[1] != len(shard_clips(manifest, shard)):
         raise DataError(f"{path} belongs to another cache; remove it and prepare it anew")
-    return figures
+    if start != counts[0] * frame:
+        raise damaged(path, f"it has {start} bytes of frames, not {counts[0] * frame}")
+    ends = np.cumsum((0, 8 * counts[0], 4 * counts[1], 4 * counts[2]))
+    parts = [index[a:b] for a, b in itertools.pairwise(ends)]
+    types = ("<u8", "<u4", "<u4")
+    sums, stops, numbers = (np.frombuffer(p, t) for p, t in zip(parts, types, strict=True))
+    return Index(figures, sums, stops, numbers)
 
 
-def damaged(path: object, error: Exception) -> DataError:
+def damaged(path: object, reason: str) -> DataError:
     """What to tell people of a file that cannot be read."""
-    reason = str(error).strip().split(";")[0] or type(error).__name__
     return DataError(f"{path} is damaged ({reason}); remove it and run adacm2 prepare again")
 
 

@@ -65,7 +65,7 @@ def test_what_a_worker_cannot_write_is_one_line(prepared, data_dir, tmp_path):
     )
     assert done.returncode == 2, done.stderr
     line = done.stderr[done.stderr.rindex("error: ") :]
-    assert "array_record cannot be written" in line and "File too large" in line
+    assert ".frames cannot be written" in line and "File too large" in line
     assert shards(tmp_path / "full") == {}
 
 

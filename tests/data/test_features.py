@@ -8,6 +8,8 @@ import subprocess
 import sys
 import textwrap
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 from adacm2_jax.errors import DataError
 from adacm2_jax.files import beside_path, remove_abandoned
+from adacm2_jax.models.adacm2 import widen
 from adacm2_jax.video.frames import Sampling
 from data.feature_cache.cache import (
     check_weights,
@@ -76,9 +79,9 @@ def manifest_of(source, dtype: str = "bfloat16", shards: int = 3, **changes) -> 
     return with_key(make_manifest(source, LOAD, vision, **given))
 
 
-def write(directory, source, dtype: str = "bfloat16") -> dict:
+def write(directory, source, dtype: str = "bfloat16", shards: int = 3) -> dict:
     """A whole cache; clip 5 cannot be read."""
-    manifest = manifest_of(source, dtype)
+    manifest = manifest_of(source, dtype, shards)
     write_manifest(directory, manifest)
     for shard in range(manifest["shards"]):
         numbers = shard_clips(manifest, shard)
@@ -86,8 +89,13 @@ def write(directory, source, dtype: str = "bfloat16") -> dict:
     return finish(directory, manifest)
 
 
-def opened(directory, source, load=LOAD, vision=VISION, shape=SHAPE, result="bfloat16"):
-    return open_features(directory, source, load, vision, shape, result)
+def opened(directory, source, load=LOAD, vision=VISION, shape=SHAPE, local=None):
+    return open_features(directory, source, load, vision, shape, local)
+
+
+def frames_of(row) -> np.ndarray:
+    """The features of a row, read."""
+    return np.asarray(row["frames"])
 
 
 # --- a clip ---------------------------------------------------------------------------------------
@@ -100,14 +108,14 @@ clip_shapes = array_shapes(min_dims=3, max_dims=3, min_side=1, max_side=4)
 @given(arrays(np.float32, clip_shapes, elements=numbers), st.sampled_from(["bfloat16", "float32"]))
 def test_a_clip_comes_back_bit_by_bit(features, dtype):
     features = features.astype(BFLOAT16 if dtype == "bfloat16" else np.float32)
-    found = unpack(pack(features, dtype), (9, *features.shape[1:]), dtype, dtype)
+    found = unpack(pack(features, dtype), dtype)
     assert found.dtype == features.dtype and found.tobytes() == features.tobytes()
 
 
 @settings(max_examples=50)
 @given(arrays(np.float32, clip_shapes, elements=numbers))
 def test_int8_is_off_by_half_a_step_at_most(features):
-    found = unpack(pack(features, "int8"), (9, *features.shape[1:]), "int8", "float32")
+    found = unpack(pack(features, "int8"), "float32")
     largest = np.abs(features).max(-1, keepdims=True)
     # Half of largest / 127, and three roundings of float32: scale, quotient and product.
     allowed = largest / 254 + 4 * np.finfo(np.float32).eps * largest + 1e-38
@@ -139,9 +147,10 @@ def test_rows_are_those_of_the_decoder_with_features_in_place_of_pixels(source, 
         assert row.keys() == like.keys()
         for name in ("index", "valid", "question", "answer"):
             assert np.array_equal(row[name], like[name]) and type(row[name]) is type(like[name])
-        assert row["frames"].shape == SHAPE and row["frames"].dtype == BFLOAT16
-        assert np.array_equal(row["frames"][row["valid"]], features_of(number, 3 * (number != 5)))
-        assert not row["frames"][~row["valid"]].any()
+        frames = frames_of(row)
+        assert frames.shape == SHAPE and frames.dtype == BFLOAT16
+        assert np.array_equal(frames[row["valid"]], features_of(number, 3 * (number != 5)))
+        assert not frames[~row["valid"]].any()
 
 
 @pytest.fixture
@@ -169,13 +178,22 @@ def test_the_order_is_that_of_pixels_with_any_workers(source, tmp_path, workers,
     decoded.close()
 
 
-def test_int8_is_read_as_what_the_model_takes(source, tmp_path):
+def test_int8_goes_to_the_device_with_its_scales_and_is_widened_there(source, tmp_path):
+    """To the very numbers that the host's widening has, also within a compiled program."""
     manifest = write(tmp_path, source, "int8")
     error = manifest["done"]["error"]
     assert 0 < error["rms"] < error["largest"] <= (1 / 254 + 2**-8) * 1.01  # bfloat16 rounds too
-    rows = opened(tmp_path, source)[0]["frames"], opened(tmp_path, source, result="float32")[0]
-    assert rows[0].dtype == BFLOAT16 and rows[1]["frames"].dtype == np.float32
-    assert np.array_equal(rows[0], rows[1]["frames"].astype(BFLOAT16))
+    kept = frames_of(opened(tmp_path, source)[0])
+    assert kept.dtype == np.int8 and kept.shape == (*SHAPE[:-1], SHAPE[-1] + 4)
+    random = np.random.default_rng(0).standard_normal((64, 257, 33), np.float32)
+    for each in (kept, pack(random, "int8")):
+        for dtype in ("bfloat16", "float32"):
+            host = unpack(each, dtype)
+            device = jax.jit(widen, static_argnums=1)(each, dtype)
+            assert host.dtype == device.dtype and host.tobytes() == np.asarray(device).tobytes()
+            # A consumer that widens again must not see more bits than were kept.
+            again = jax.jit(lambda x, d=dtype: widen(x, d).astype(jnp.float32) * 1.0)(each)
+            assert np.array_equal(again, host.astype(np.float32))
 
 
 # --- what it fits ---------------------------------------------------------------------------------
@@ -205,15 +223,15 @@ def lines(tmp_path):
 def test_questions_about_a_clip_share_its_features(lines, tmp_path):
     first, of = clips_of(lines("what?"))
     assert first == [0, 1, 2] and of.tolist() == [0, 1, 2, 0]
-    write(tmp_path / "cache", lines("what?"))
+    write(tmp_path / "cache", lines("what?"), shards=2)
     dataset = opened(tmp_path / "cache", lines("and now?"))  # features do not depend on it
     assert [dataset[n]["question"] for n in range(4)] == ["and now?"] * 4
-    assert np.array_equal(dataset[3]["frames"], dataset[0]["frames"])
-    assert not np.array_equal(dataset[2]["frames"], dataset[0]["frames"])
+    assert np.array_equal(frames_of(dataset[3]), frames_of(dataset[0]))
+    assert not np.array_equal(frames_of(dataset[2]), frames_of(dataset[0]))
 
 
 def test_a_video_that_changed_is_noticed(lines, tmp_path):
-    write(tmp_path / "cache", lines("what?"))
+    write(tmp_path / "cache", lines("what?"), shards=2)
     os.utime(tmp_path / "b.mp4", (1, 1))
     with pytest.raises(DataError, match=r"^[^\n]*source\.files is '\w+' there, '\w+' here[^\n]*$"):
         opened(tmp_path / "cache", lines("what?"))
@@ -268,15 +286,20 @@ def test_a_damaged_shard_is_named(source, tmp_path):
     path = shard_path(tmp_path, manifest, 2)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=r"features-00002-of-00003\.array_record is damaged"):
+    with pytest.raises(DataError, match=r"features-00002-of-00003\.frames is damaged"):
         opened(tmp_path, source)
     changed = bytearray(whole)
     place = whole.index(features_of(shard_clips(manifest, 2)[0], 3).tobytes())
     changed[place] ^= 1
     path.write_bytes(changed)
     dataset = opened(tmp_path, source)
-    with pytest.raises(DataError, match=r"features-00002-of-00003\.array_record is damaged"):
-        dataset[shard_clips(manifest, 2)[0]]
+    with pytest.raises(DataError, match=r"features-00002-of-00003\.frames is damaged"):
+        frames_of(dataset[shard_clips(manifest, 2)[0]])
+    index = bytearray(whole)
+    index[-60] ^= 1
+    path.write_bytes(index)
+    with pytest.raises(DataError, match="is damaged"):
+        opened(tmp_path, source)
 
 
 def test_a_shard_of_another_cache_is_noticed(source, tmp_path):
@@ -292,6 +315,13 @@ def test_a_damaged_manifest_is_named(tmp_path):
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(DataError, match=r"manifest\.json is damaged"):
         read_manifest(tmp_path)
+
+
+def test_a_cache_of_an_older_version_says_what_to_do(source, tmp_path):
+    manifest = write(tmp_path, source)
+    write_manifest(tmp_path, manifest | {"format": 1})
+    with pytest.raises(DataError, match=r"^[^\n]*format 1 is not 2; prepare the features anew$"):
+        opened(tmp_path, source)
 
 
 def test_an_error_while_computing_leaves_no_shard(source, tmp_path):
@@ -314,7 +344,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_shard(source, tmp_path):
         from data.feature_cache.shards import write_shard
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        manifest = dict(source=dict(clips=9), shards=1, shape=[1, 257, 64], dtype="float32")
+        manifest = dict(bounds=[0, 9], shards=1, shape=[1, 257, 64], dtype="float32")
         manifest["key"] = "k"
         clips = (np.ones((1, 257, 64), np.float32) for _ in range(9))
         try:

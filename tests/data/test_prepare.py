@@ -224,7 +224,7 @@ def test_processes_that_are_told_different_things_are_refused(data_dir, tmp_path
         ({"data__jitter": True}, [], "data.jitter: every epoch would see the same instants"),
         ({"init_from": "nowhere"}, [], "nowhere: no checkpoint here"),
         ({"optim__groups": "(('.*',1.0),)"}, [], "but vision/blocks/"),
-        ({}, ["--shards=49"], "49 shards for 48 clips"),
+        ({}, ["--shards=49"], "49 shards for 48 videos"),
         ({}, ["--split=nothing"], "no split 'nothing'"),
         ({}, ["--runner=direct"], "needs Apache Beam: pip install apache-beam"),
     ],
@@ -259,7 +259,7 @@ def test_what_a_killed_process_left_does_not_make_an_output_something_else(
     left = output / f".manifest.json.partial-{socket.gethostname()}-{gone}"
     left.write_text("{")
     assert prepare(*arguments(data_dir), f"--output={output}", "--shards=49") == 2
-    assert "49 shards for 48 clips" in error_line(capsys) and not left.exists()
+    assert "49 shards for 48 videos" in error_line(capsys) and not left.exists()
 
 
 @pytest.mark.parametrize(
