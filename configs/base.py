@@ -61,7 +61,7 @@ def benchmark_config(
     config.data.jitter = True
     config.data.sampling.num_frames = config.train.num_frames = frames
     config.data.sampling.grid = 10.0
-    config.data.workers = 8
+    config.data.workers = -1
     config.train.batch_size = batch_size
     config.train.steps = _steps(task, annotations if videos else "", epochs, batch_size)
     config.train.chunk = 10

@@ -24,7 +24,7 @@ def get_config(arguments: str = "weights,train.jsonl,test.jsonl") -> ml_collecti
     config.data.jsonl = {"train": train, "test": test or train}
     config.data.prompt = "Question: {question} Short answer:"
     config.data.jitter = True
-    config.data.workers = 8
+    config.data.workers = -1
     config.data.sampling.num_frames = config.train.num_frames = 100
     config.train.batch_size = 64
     config.train.steps = 10_000

@@ -71,7 +71,7 @@ def _of_lines(arguments: str) -> ml_collections.ConfigDict:
     config.init_missing = ("temporal_embed",)  # InstructBLIP has none
     config.data.jsonl = {"train": train, "test": test or train}
     config.data.sampling.num_frames = config.train.num_frames = 100
-    config.data.workers = 8
+    config.data.workers = -1
     config.train.batch_size = 64
     config.train.steps = 2000
     config.train.chunk = 10

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import logging
 import re
 import signal
@@ -17,7 +18,7 @@ from adacm2_jax.errors import DataError, UserError, printable
 from adacm2_jax.video.frames import Sampling, read_clip
 from data.feature_cache.reading import StoredClip, read_clips
 from data.jsonl import Example
-from data.workers import deaf_to_signals, live_as_long_as_parent
+from data.workers import THREADS, begin_decoding, deaf_to_signals, decoder_threads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +74,7 @@ class LoadClip(grain.transforms.RandomMap):
             resize=self.resize,
             on_truncated=self.on_truncated,
             on_warning=logging.warning,
+            threads=decoder_threads(),
         )
 
 
@@ -195,11 +197,13 @@ def training_batches(
 def iter_batches(batches: grain.MapDataset, workers: int, ahead: int = 4) -> BatchReader:
     """Reads batches ahead: in ``workers`` processes, or in threads of this one; the same order."""
     if not workers:
-        options = grain.ReadOptions(num_threads=min(2, ahead), prefetch_buffer_size=ahead)
+        options = grain.ReadOptions(num_threads=min(THREADS, ahead), prefetch_buffer_size=ahead)
         return BatchReader(iter(batches.to_iter_dataset(options)), 0)
     dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
     processes = grain.MultiprocessingOptions(num_workers=workers)
-    reader = iter(dataset.mp_prefetch(processes, worker_init_fn=live_as_long_as_parent))
+    reader = iter(
+        dataset.mp_prefetch(processes, worker_init_fn=functools.partial(begin_decoding, workers))
+    )
     with deaf_to_signals():  # a last batch is wanted of them after it
         reader.get_state()  # makes the iterators that are to start
         reader.start_prefetch()

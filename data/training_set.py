@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -9,10 +10,16 @@ from typing import Any
 import grain
 
 from adacm2_jax.errors import DataError, printable
+from adacm2_jax.video.frames import probe
+from adacm2_jax.video.room import host_memory
 from data.cache import cached_clips
 from data.feature_cache.cache import open_features
 from data.jsonl import Example, JsonlSource
 from data.pipeline import LoadClip, clips
+from data.workers import auto_workers, cores
+
+#: Videos that are tried to learn how large they are.
+_TRIED = 8
 
 
 def clip_loader(experiment: Any) -> LoadClip:
@@ -32,8 +39,32 @@ def clip_loader(experiment: Any) -> LoadClip:
     )
 
 
+def decoding_workers(experiment: Any, source: Sequence[Example], rows: int) -> int:
+    """Processes that decode for one of the job: ``data.workers``, or what suits this machine.
+
+    Args:
+      experiment: whose ``data.workers`` may be -1.
+      source: of the examples; the first video that can be opened stands for all.
+      rows: clips of a batch of this process.
+    """
+    if experiment.data.workers >= 0:
+        return experiment.data.workers
+    load = clip_loader(experiment)
+    picture = (load.size, load.size)
+    for index in range(min(_TRIED, len(source))):
+        video = source[index].video
+        if not isinstance(video, str | bytes):
+            break
+        with contextlib.suppress(DataError):
+            info = probe(video)
+            picture = info.width, info.height
+            break
+    batch = rows * load.num_frames * load.size**2 * 3
+    return auto_workers(cores(), host_memory(), batch, picture)
+
+
 def training_set(
-    experiment: Any, source: Sequence[Example], vision: dict[str, Any]
+    experiment: Any, source: Sequence[Example], vision: dict[str, Any], workers: int = 0
 ) -> grain.MapDataset:
     """Clips to train on, for ``data.pipeline.training_batches``.
 
@@ -41,6 +72,7 @@ def training_set(
       experiment: whose ``data`` says where they come from.
       source: of the examples.
       vision: what features depend on in the ViT, as JSON values.
+      workers: decoding processes, where clips are decoded beforehand.
 
     Raises:
       DataError: for a cache that was made from something else, or a disk without room.
@@ -50,7 +82,7 @@ def training_set(
         shape = (load.num_frames, model.vision.tokens_per_frame, model.vision.width)
         return open_features(data.features, source, load, vision, shape, data.features_local)
     if data.cache:
-        return cached_clips(source, load, data.cache_dir, data.workers)
+        return cached_clips(source, load, data.cache_dir, workers)
     return clips(source, load)
 
 

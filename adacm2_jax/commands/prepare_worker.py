@@ -24,7 +24,7 @@ from data.feature_cache.windows import LoadRun, Run, SharedVideo
 from data.jsonl import Example
 from data.pipeline import clips, iter_batches, stack
 from data.sources import open_source
-from data.training_set import clip_loader
+from data.training_set import clip_loader, decoding_workers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Worker:
 
     Args:
       job: what is to be done.
-      workers: decoding processes; 0 decodes in threads.
+      workers: decoding processes; 0 decodes in threads, -1 has as many as suit the machine.
     """
 
     def __init__(self, job: Job, workers: int = 0):
@@ -78,6 +78,8 @@ class Worker:
         self._first = cache.clips_of(self._source)[0]
         self._videos = cache.videos_of(self._source)
         self._output, self._workers = job.output, workers
+        if workers < 0:
+            self._workers = decoding_workers(config, self._source, 1)
         mesh = make_mesh((-1, 1), jax.local_devices())
         params = load_vision(config, mesh)
         self.vision = describe_vision(config.model, params)

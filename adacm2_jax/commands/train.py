@@ -54,7 +54,7 @@ from adacm2_jax.training.step import (
 from data.feature_cache.cache import check_weights
 from data.pipeline import training_batches
 from data.sources import open_source
-from data.training_set import clip_loader, training_set, warn_of_missing
+from data.training_set import clip_loader, decoding_workers, training_set, warn_of_missing
 
 
 def train_and_evaluate(
@@ -111,14 +111,16 @@ def train_and_evaluate(
         check_questions(config, processor, tested, task_of(config))
         warn_of_missing(source, "training videos")
         vision = describe_vision(config.model)
-        dataset = main_first(lambda: training_set(config, source, vision))
         rank, world = data_share(mesh)
+        each = config.train.batch_size // world
+        # What is stored needs no processes, and is large: two batches are ahead of the step's.
+        workers = 0 if config.data.features else decoding_workers(config, source, each)
+        dataset = main_first(lambda: training_set(config, source, vision, workers))
         rows = training_batches(
             dataset,
             batch_size=config.train.batch_size,
             seed=config.seed,
-            # What is stored needs no processes, and is large: two batches are ahead of the step's.
-            workers=0 if config.data.features else config.data.workers,
+            workers=workers,
             ahead=2 if config.data.features else 4,
             rank=rank,
             world=world,

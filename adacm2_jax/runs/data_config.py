@@ -9,6 +9,8 @@ from adacm2_jax.video.sampling import RESIZE_NAMES, Sampling
 
 #: Decoding processes or threads: beyond any machine, but few enough to be started.
 WORKERS = {"workers": 256}
+#: As many decoding processes as suit the machine.
+AUTO = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +119,8 @@ class DataConfig:
       features: a directory of ``adacm2 prepare``: its features are read instead of training clips.
       features_local: a directory of this machine (a disk, or /dev/shm) where frames of ``features``
         are kept once they have been read; empty: none.
-      workers: decoding processes in training; 0 decodes in threads.
+      workers: decoding processes in training; 0 decodes in threads, -1 has as many as suit the
+        machine's cores and memory and the size of the videos.
     """
 
     source: str = "jsonl"
@@ -138,7 +141,7 @@ class DataConfig:
     workers: int = 0
 
     def __post_init__(self):
-        check_numbers("data", self, WORKERS, workers=0)
+        check_numbers("data", self, WORKERS, workers=AUTO)
         try:
             fields = [each[1:] for each in string.Formatter().parse(self.prompt)]
         except ValueError:

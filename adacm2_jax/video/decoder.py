@@ -53,11 +53,12 @@ class Decoder:
 
     Args:
         source: a path, or the encoded file's bytes.
+        threads: that it may use at most; None for as many as there are cores.
     Raises:
         DataError: the source is missing, empty, incomplete, or no video.
     """
 
-    def __init__(self, source: Source):
+    def __init__(self, source: Source, threads: int | None = None):
         self._file = VideoFile(source)
         self.name = self._file.name
         self._timing = measure(self._file)
@@ -66,7 +67,7 @@ class Decoder:
         context = self._file.stream.codec_context
         area = context.width * context.height
         large = area >= _THREADED_FRAME and area * self.duration * self.fps >= _THREADED_CLIP
-        self._threads = min(_MAX_THREADS, os.cpu_count() or 1) if large else 1
+        self._threads = min(_MAX_THREADS, threads or os.cpu_count() or 1) if large else 1
         self._seekable = self._timing.seekable
         # Elsewhere FFmpeg's index holds no more than what it happened to come across.
         self._indexed = any(name in self._file.format for name in ("mp4", "matroska", "avi"))

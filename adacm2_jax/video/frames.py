@@ -75,6 +75,7 @@ def read_frames(
     resize: str = "clean",
     on_truncated: Literal["error", "use"] = "error",
     on_warning: Callable[[str], None] = warnings.warn,
+    threads: int | None = None,
 ) -> tuple[int, Iterator[Chunk]]:
     """Opens a video and reads the chosen frames, lazily and in order.
 
@@ -97,6 +98,8 @@ def read_frames(
             warns and ends the iterator early, so **the frames that came count, not the number that
             was announced**.
         on_warning: is given one line when something was passed over.
+        threads: that decode at most; None for as many as there are cores. Whoever reads several
+            videos at a time needs less of the processor with one each.
     Returns:
         The number of frames T that the header promises, and an iterator over chunks.
     Raises:
@@ -112,7 +115,7 @@ def read_frames(
     if size < 1 or chunk < 1:
         raise DataError(f"size={size}, chunk={chunk}: both must be 1 or more")
     with _as_data_error(source):
-        decoder = _open(source)
+        decoder = _open(source, threads)
         times = _times(decoder, sampling, start, end, rng)
         if on_truncated == "error":
             decoder.check_stored(times[-1])
@@ -192,12 +195,17 @@ def window_times(
 
 
 def read_at(
-    source: Source, times: np.ndarray, *, size: int, resize: str = "clean"
+    source: Source,
+    times: np.ndarray,
+    *,
+    size: int,
+    resize: str = "clean",
+    threads: int | None = None,
 ) -> tuple[np.ndarray, DataError | None]:
     """The frames shown at some instants, made square; those before whatever stops the decoder.
 
     Args:
-        source, size, resize: as for `read_frames`.
+        source, size, resize, threads: as for `read_frames`.
         times: float64[n], seconds from the file's start, not decreasing.
     Returns:
         uint8[m, size, size, 3], m at most n, and why the rest is missing, or None.
@@ -206,7 +214,7 @@ def read_at(
     done = 0
     try:
         with _as_data_error(source):
-            decoder = _open(source)
+            decoder = _open(source, threads)
             read = _Reader(decoder, size, resize)
             for time in times:
                 picture = read(np.array([time]))
@@ -315,10 +323,10 @@ class _Reader:
         return frames
 
 
-def _open(source: Source) -> Decoder:
+def _open(source: Source, threads: int | None = None) -> Decoder:
     from adacm2_jax.video.decoder import Decoder  # PyAV is imported by the first that opens a file
 
-    return Decoder(source)
+    return Decoder(source, threads)
 
 
 @contextlib.contextmanager

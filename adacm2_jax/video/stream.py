@@ -11,6 +11,8 @@ import numpy as np
 
 from adacm2_jax.errors import DataError
 
+Future = concurrent.futures.Future
+
 if TYPE_CHECKING:  # frames.py needs PyAV, which the library can be imported without
     from adacm2_jax.video.frames import Chunk
 
@@ -89,7 +91,9 @@ def video_batches(
     """Groups a split into batches of videos and reads them in threads, one chunk ahead.
 
     Examples about the same part of the same video that follow one another are read as one video,
-    once. Host memory holds two chunks of each video of one batch, whatever the videos' length.
+    once. While a batch is answered, the videos of the next are opened and their first chunks are
+    read. Host memory holds two chunks of each video of a batch and one of the next, whatever the
+    videos' length.
 
     Args:
       examples: the split, or what follows its first ones.
@@ -105,33 +109,70 @@ def video_batches(
       options: for ``adacm2_jax.video.frames.read_frames``.
     """
     room = room or (lambda questions: batch_size)
+    with (
+        concurrent.futures.ThreadPoolExecutor(workers) as pool,
+        concurrent.futures.ThreadPoolExecutor(1) as opener,
+    ):
+        groups = _groups(by_video(examples, first), room, size=size, chunk=chunk, **options)
+
+        def open_next() -> tuple[_Group, list[Future]] | None:
+            group = next(groups, None)
+            if group is None:
+                return None
+            return group, [pool.submit(_read, row) for row in group.rows]
+
+        ahead = opener.submit(open_next)
+        while (opened := ahead.result()) is not None:
+            group, chunks = opened
+            for example, problem in group.bad:
+                on_bad_video(example, problem)
+            ahead = opener.submit(open_next)
+            if group.rows:
+                places = room(max(len(row.examples) for row in group.rows))
+                steps = _lock_step(group.rows, chunks, pool, places, chunk, size)
+                yield VideoBatch(group.rows, steps, places, group.end)
+
+
+@dataclasses.dataclass
+class _Group:
+    """Videos of a batch, opened.
+
+    Attributes:
+      rows: the videos; none where nothing is left but what could not be opened.
+      bad: examples before its end whose video could not be opened, with the reason.
+      end: of ``VideoBatch``.
+    """
+
+    rows: list[Row]
+    bad: list[tuple[Any, str]]
+    end: int
+
+
+def _groups(
+    videos: Iterable[tuple[int, list[Any]]], room: Callable[[int], int], **options: Any
+) -> Iterator[_Group]:
+    """Opens the videos of one batch after the other."""
     rows: list[Row] = []
-
-    def batch(end: int) -> VideoBatch:
-        places = room(max(len(row.examples) for row in rows))
-        return VideoBatch(rows, lock_step(rows, pool, places, chunk, size), places, end)
-
-    end = first
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        for number, asked in by_video(examples, first):
-            try:
-                row = open_video(asked[0], number, size=size, chunk=chunk, **options)
-            except DataError as error:
-                for example in asked:
-                    on_bad_video(example, str(error))
-                end = number + len(asked)
-                continue
-            row.examples = asked
-            if rows and len(rows) >= room(max(len(each.examples) for each in [*rows, row])):
-                yield batch(end)
-                rows = []
-            rows.append(row)
+    bad: list[tuple[Any, str]] = []
+    end = 0
+    for number, asked in videos:
+        try:
+            row = open_video(asked[0], number, **options)
+        except DataError as error:
+            bad += [(example, str(error)) for example in asked]
             end = number + len(asked)
-            if len(rows) >= room(max(len(each.examples) for each in rows)):
-                yield batch(end)
-                rows = []
-        if rows:
-            yield batch(end)
+            continue
+        row.examples = asked
+        if rows and len(rows) >= room(max(len(each.examples) for each in [*rows, row])):
+            yield _Group(rows, bad, end)
+            rows, bad = [], []
+        rows.append(row)
+        end = number + len(asked)
+        if len(rows) >= room(max(len(each.examples) for each in rows)):
+            yield _Group(rows, bad, end)
+            rows, bad = [], []
+    if rows or bad:
+        yield _Group(rows, bad, end)
 
 
 def by_video(examples: Iterable[Any], first: int = 0) -> Iterator[tuple[int, list[Any]]]:
@@ -181,20 +222,35 @@ def lock_step(
     A row that cannot be read on ends there, with its ``error`` set.
     """
 
-    def read(row: Row) -> Chunk | None:
-        try:
-            return next(row.chunks, None)
-        except DataError as error:
-            row.error = str(error)
-            return None
+    return _lock_step(
+        rows, [pool.submit(_read, row) for row in rows], pool, batch_size, chunk, size
+    )
 
-    ahead = [pool.submit(read, row) for row in rows]
+
+def _read(row: Row) -> Chunk | None:
+    """The next chunk of a video; None at its end, or where it cannot be read on."""
+    try:
+        return next(row.chunks, None)
+    except DataError as error:
+        row.error = str(error)
+        return None
+
+
+def _lock_step(
+    rows: list[Row],
+    ahead: Sequence[Future],
+    pool: concurrent.futures.Executor,
+    batch_size: int,
+    chunk: int,
+    size: int,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """:func:`lock_step`, the first chunks of which are being read."""
     while True:
         parts = [future.result() for future in ahead]
         if not any(parts):
             return
         ahead = [
-            pool.submit(read if part else lambda _: None, row)
+            pool.submit(_read if part else lambda _: None, row)
             for row, part in zip(rows, parts, strict=True)
         ]
         frames = np.zeros((batch_size, chunk, size, size, 3), np.uint8)

@@ -20,6 +20,7 @@ from adacm2_jax.video.info import TruncatedError
 from data.feature_cache.shards import Windows
 from data.jsonl import Example
 from data.pipeline import LoadClip
+from data.workers import decoder_threads
 
 #: Instants that are closer are one, seconds: a rounding, far below any frame's length.
 _SAME = 1e-6
@@ -49,7 +50,13 @@ class LoadRun(LoadClip):
         if not isinstance(run, Run):
             return super().random_map(element, rng)
         frames = np.zeros((self.num_frames, self.size, self.size, 3), np.uint8)
-        found, error = read_at(run.video, run.times, size=self.size, resize=self.resize)
+        found, error = read_at(
+            run.video,
+            run.times,
+            size=self.size,
+            resize=self.resize,
+            threads=decoder_threads(),
+        )
         frames[: len(found)] = found
         if error:
             logging.warning("%s: %s", printable(run.video), error)

@@ -1,5 +1,7 @@
 """Videos in lock-step: batches, chunks, padding, and rows that break off."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -204,3 +206,38 @@ def test_examples_about_the_same_part_of_a_video_are_read_as_one(monkeypatch):
     assert [(batch.rows[0].number, batch.end) for batch in rest] == [(3, 8), (8, 13)]
     monkeypatch.setattr("adacm2_jax.video.stream.MOST_QUESTIONS", 2)
     assert [number for number, _ in by_video(examples)] == [0, 2, 3, 4, 5, 6, 8, 10, 12]
+
+
+def test_the_next_batch_is_opened_while_one_is_answered():
+    """And no further; of what cannot be opened is told when its own batch comes."""
+    videos = [encode(None, numbered_frames(9 + n), fps=10) for n in range(6)]
+    videos[2] = b"no video"
+    examples = [example(str(number), video) for number, video in enumerate(videos)]
+    pulled, bad = [], []
+
+    def source():
+        for each in examples:
+            pulled.append(each.id)
+            yield each
+
+    batches = video_batches(
+        source(),
+        batch_size=2,
+        chunk=4,
+        size=64,
+        workers=2,
+        sampling=Sampling("fps", 10),
+        on_warning=lambda line: None,
+        on_bad_video=lambda row, _: bad.append(row.id),
+        room=lambda questions: 2,
+    )
+    first = next(batches)
+    deadline = time.monotonic() + 20
+    while len(pulled) < 6 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    # Whether the fifth is of the same video is known when the sixth is seen.
+    assert pulled == ["0", "1", "2", "3", "4", "5"] and bad == []
+    assert len(list(first.chunks)) == 3
+    second = next(batches)
+    assert bad == ["2"] and [row.example.id for row in second.rows] == ["3", "4"]
+    batches.close()
