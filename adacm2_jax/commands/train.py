@@ -51,6 +51,7 @@ from adacm2_jax.training.step import (
     make_train_step,
     refuse_learning,
 )
+from adacm2_jax.training.waits import Waits
 from data.feature_cache.cache import check_weights
 from data.pipeline import training_batches
 from data.sources import open_source
@@ -204,6 +205,7 @@ def train_and_evaluate(
                 config.checkpoint.keep_every,
             ),
             run=callbacks,
+            waits=Waits(_remedy(config, workers)),
         )
         return answer(state) if at_the_end else {}
 
@@ -214,6 +216,18 @@ def make_batch(rows: dict, experiment: Experiment, processor: Processor) -> Batc
     question, targets = processor.training(prompts, rows["answer"].tolist())
     targets = targets & rows["valid"].any(axis=1, keepdims=True)
     return Batch(rows["frames"], rows["valid"], rows["index"], question, targets)
+
+
+def _remedy(config: Experiment, workers: int) -> str:
+    """What makes reading faster."""
+    if config.data.features:
+        local = config.data.features_local
+        disk = "" if local else ", set data.features_local to a fast disk of this machine"
+        return f"put {config.data.features} on faster storage{disk}, or prepare it in int8"
+    return (
+        f"raise data.workers (now {workers}, -1: as many as suit the machine), store smaller "
+        "videos, or compute features once: adacm2 prepare (docs/features.md)"
+    )
 
 
 def _check_length(root: pathlib.Path, config: Experiment) -> None:

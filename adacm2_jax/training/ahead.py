@@ -2,8 +2,12 @@
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
+
+#: Seconds between two looks at whether the device idles.
+_ASKED = 0.005
 
 Read = TypeVar("Read")
 Put = TypeVar("Put")
@@ -50,13 +54,30 @@ class Ahead(Generic[Read, Put]):
         return self
 
     def __next__(self) -> Put:
+        return self.take()[0]
+
+    def take(self, busy: Callable[[], bool] = lambda: True) -> tuple[Put, float]:
+        """The next item, and for how long it was waited for while nothing was ``busy``, seconds.
+
+        Args:
+          busy: whether the device has something to do; asked every few milliseconds of a wait.
+        """
+        idle = 0.0
         if self._error is None:
             self.start_next()
-            made, place, self._error = self._made.get()
+            since = None if busy() else time.monotonic()
+            while True:
+                try:
+                    # Once it idles there is nothing more to be asked.
+                    made, place, self._error = self._made.get(timeout=_ASKED if not since else None)
+                    break
+                except queue.Empty:
+                    since = None if busy() else time.monotonic()
+            idle = time.monotonic() - since if since else 0.0
         if self._error is not None:
             raise self._error
         self.place, self._holding = place, True
-        return made
+        return made, idle
 
     def start_next(self) -> None:
         """Lets the next item be put on the device: the one before the newest is used up."""

@@ -18,6 +18,7 @@ from adacm2_jax.errors import UserError
 from adacm2_jax.progress import Progress, compiling
 from adacm2_jax.training.ahead import Ahead
 from adacm2_jax.training.step import Batch, TrainState, explain_nonfinite
+from adacm2_jax.training.waits import Waits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,7 @@ def train(
     mesh: Mesh,
     every: Every,
     run: Callbacks,
+    waits: Waits | None = None,
 ) -> TrainState:
     """Takes the steps up to ``last`` and returns the state after it, saved.
 
@@ -88,6 +90,7 @@ def train(
       mesh: of the state.
       every: how often.
       run: what is called.
+      waits: is told how long the device waits for its data.
 
     Raises:
       UserError: at the first loss or gradient that is not finite.
@@ -95,6 +98,12 @@ def train(
     first = int(state.step) + 1
     pending: list[tuple[int, dict]] = []
     progress = Progress("train", total=last, initial=first - 1, unit="steps")
+
+    waits = waits or Waits("read it faster")
+
+    def running() -> bool:
+        """Whether the device has a step to do."""
+        return bool(pending) and not pending[-1][1]["loss"].is_ready()
 
     def settle() -> None:
         """Fetches what the newest step has reported."""
@@ -124,7 +133,9 @@ def train(
                 run.save(state)
                 stop_if_asked(step - 1)
                 run.evaluate(state)
-            batch = next(batches)
+                waits.pause()
+            batch, idle = batches.take(running)
+            waits.add(idle)
             with jax.set_mesh(mesh), _said(step == first):
                 state, metrics = train_step(state, batch)
                 del batch  # the loop must not keep on the device what the step is done with
