@@ -24,6 +24,11 @@ import _paired
 HERE = pathlib.Path(__file__).resolve().parent
 FRAMES, BATCH = 100, 4
 HEIGHTS = (240, 480, 720)
+#: Bytes of a clip.
+CLIP = {
+    "features, bfloat16": FRAMES * 257 * 1408 * 2,
+    "features, int8": FRAMES * 257 * (1408 + 4),
+}
 
 
 class Side:
@@ -100,7 +105,8 @@ def main() -> None:
 
         def note(name: str, unit: str, row: dict, other: str) -> None:
             show(name, unit, row, other)
-            results["rows"].append(dict(name=name, unit=unit, other=other) | row)
+            size = {"bytes": CLIP[name]} if name in CLIP else {}
+            results["rows"].append(dict(name=name, unit=unit, other=other) | size | row)
 
         def both(name: str, unit: str, **what) -> None:
             if args.only in name:

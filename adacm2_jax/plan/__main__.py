@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import jax
 
 from adacm2_jax.errors import UserError
-from adacm2_jax.plan import of_run
+from adacm2_jax.plan import feed, of_run
 from adacm2_jax.plan.report import compile_step, render
 from adacm2_jax.plan.search import largest_batch
 from adacm2_jax.plan.steps import STEPS, make_plan
@@ -53,6 +53,8 @@ def define_flags() -> None:
     flags.DEFINE_string("topology", None, "Such as v5e:4x4, v5p:4x4x4, h100, a100-40 or h100:8.")
     flags.DEFINE_string("step", "all", "train, stream, decode, several with commas, or all.")
     flags.DEFINE_string("mesh", None, "Devices along data and model, such as 8,2 or -1,1.")
+    flags.DEFINE_float("peak", 0.5, "Share of the devices' peak that training reaches.", 0.01, 1)
+    flags.DEFINE_string("loader", "", "What a core reads here: of benchmarks/loader.py --json.")
     flags.DEFINE_boolean("json", False, "Print JSON.")
     flags.DEFINE_boolean(
         "largest", True, "Also find the largest batch; --nolargest spares minutes."
@@ -69,6 +71,7 @@ def run() -> int:
             example = {"config": "configs/lvu.py", "topology": "v5e:4x4"}[name]
             raise UserError(f"--{name} is missing; give one, such as --{name} {example}")
     topology, experiment = parse_topology(given.topology), read(given.config)
+    loader = feed.read_loader(given.loader) if given.loader else {}
     shape = experiment.mesh if given.mesh is None else _mesh_shape(given.mesh)
     plans = [make_plan(experiment, step) for step in _steps(given.step)]
     mesh = make_mesh(shape, topology_devices(topology))
@@ -77,12 +80,16 @@ def run() -> int:
         print(f"compiling {plan.step} for {topology.name} …", file=sys.stderr, flush=True)
         report = compile_step(plan, topology, mesh)
         result = report.to_json()
+        if plan.step == "train":
+            result["eats"] = feed.appetite(report, topology, mesh, given.peak)
         if given.largest:
             print("looking for its largest batch …", file=sys.stderr, flush=True)
             result |= largest_batch(report, topology, mesh)
         results.append(result)
         if not given.json:
             print(render(result), flush=True)
+            if plan.step == "train":
+                print(feed.render(result["eats"], loader), flush=True)
     if given.json:
         print(json.dumps(results, indent=1))
     return 0 if all(result["fits"] for result in results) else 1

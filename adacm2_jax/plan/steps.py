@@ -56,6 +56,7 @@ class Plan:
       frames: T of a training clip, or F of a streamed chunk.
       options: of the training step.
       generation: how answers are decoded.
+      stored: training reads features instead of pixels.
     """
 
     step: str
@@ -66,6 +67,7 @@ class Plan:
     frames: int
     options: StepConfig
     generation: GenerationConfig
+    stored: bool = False
 
     @property
     def keeping(self) -> "Plan":
@@ -158,8 +160,11 @@ def train_batch(plan: Plan, mesh: Mesh) -> Batch:
     """The shapes of a training batch."""
     rows = _rows(plan.batch, mesh)
     length = plan.model.max_text_len + plan.model.max_answer_len
+    vision = plan.model.vision
+    features = jnp.dtype(plan.model.feature_dtype), vision.tokens_per_frame, vision.width
+    kind, *frame = features if plan.stored else (jnp.uint8, *_pixels(plan.model))
     return Batch(
-        frames=rows(jnp.uint8, plan.frames, *_pixels(plan.model)),
+        frames=rows(kind, plan.frames, *frame),
         valid=rows(bool, plan.frames),
         seed=rows(jnp.uint32),
         question=_question(plan, mesh, length),

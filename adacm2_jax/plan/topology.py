@@ -121,6 +121,11 @@ class Topology:
         """Its devices."""
         return math.prod(self.shape)
 
+    @property
+    def hosts(self) -> int:
+        """Machines that hold them: of eight GPUs, or of four chips."""
+        return -(-self.count // (8 if self.chip.platform == "cuda" else 4))
+
 
 def parse_topology(name: str) -> Topology:
     """Reads a name.

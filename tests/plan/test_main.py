@@ -83,7 +83,17 @@ def test_all_stands_for_every_step_in_a_list():
 def test_help_names_every_flag():
     done = run_process(*PLAN, "--config", "configs/lvu.py", "--help")
     assert done.returncode == 0, done.stderr
-    for flag in ("config", "topology", "step", "mesh", "json", "largest", "config.FIELD"):
+    for flag in (
+        "config",
+        "topology",
+        "step",
+        "mesh",
+        "json",
+        "largest",
+        "peak",
+        "loader",
+        "config.FIELD",
+    ):
         assert f"--{flag}" in done.stdout
 
 
