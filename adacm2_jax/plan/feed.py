@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -31,7 +32,7 @@ def appetite(report: Report, topology: Topology, mesh: Mesh, share: float) -> di
     """
     plan, rate = report.plan, topology.chip.flops * share
     clips = plan.batch / topology.hosts
-    found = {
+    found: dict[str, Any] = {
         "share": share,
         "hosts": topology.hosts,
         "frames_a_second": clips * plan.frames * rate / report.flops,
