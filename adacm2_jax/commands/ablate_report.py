@@ -181,6 +181,7 @@ def _write_csv(path: pathlib.Path, rows: Sequence[Row]) -> pathlib.Path:
 
 def _draw(rows: Sequence[Row], across: str, path: pathlib.Path, name: str) -> pathlib.Path:
     """Accuracy by memory, a panel a group."""
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -190,24 +191,30 @@ def _draw(rows: Sequence[Row], across: str, path: pathlib.Path, name: str) -> pa
     figure = Figure(figsize=(4.5 * columns, 3.4 * lines + 0.8), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(lines, columns, squeeze=False)
+    memories = list(dict.fromkeys(row["memory"] for row in rows))
+    colours = [colormaps["tab10" if len(memories) <= 10 else "tab20"](i) for i in range(20)]
+    looks = dict(
+        zip(
+            memories,
+            zip(itertools.cycle(colours), itertools.cycle("os^Dvp*Xh<>"), strict=False),
+            strict=False,
+        )
+    )
     for panel in panels.flat[len(groups) :]:
         panel.set_visible(False)
     for panel, (title, own) in zip(panels.flat, groups.items(), strict=False):
         places = _places(own, across)
-        for (_, mine), marker in zip(
-            itertools.groupby(sorted(own, key=_order(rows)), lambda row: row["memory"]),
-            itertools.cycle("os^Dvp*Xh<>"),
-            strict=False,
-        ):
-            cells = {row[across]: row for row in mine}
+        for memory in memories:
+            cells = {row[across]: row for row in own if row["memory"] == memory}
             at = [i for i, place in enumerate(places) if place in cells]
             value, low, high = (
                 np.array([100 * cells[places[i]][field] for i in at])
                 for field in ("accuracy", "low", "high")
             )
             spread = np.maximum([value - low, high - value], 0)
-            label = next(iter(cells.values()))["memory"]
-            panel.errorbar(at, value, spread, marker=marker, capsize=2, label=label, linewidth=1)
+            colour, marker = looks[memory]
+            look = dict(color=colour, marker=marker, capsize=2, linewidth=1)
+            panel.errorbar(at, value, spread, label=memory, **look)
         chances = [row["chance"] for row in own if row["chance"] != ""]
         if chances:
             panel.axhline(100 * min(chances), color="gray", linewidth=1, linestyle=":")
