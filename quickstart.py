@@ -26,23 +26,20 @@ import time
 
 import numpy as np
 from absl import flags
-from etils import epath
 
+from adacm2_jax.commands import vision
 from adacm2_jax.commands.evaluate import evaluate
 from adacm2_jax.commands.train import train_and_evaluate
 from adacm2_jax.files import write_json, write_text
 from adacm2_jax.inference.answerer import Answerer
 from adacm2_jax.inference.picture import Counts, draw_memory
-from adacm2_jax.inference.processor import Processor, train_tokenizers
+from adacm2_jax.inference.processor import Processor
 from adacm2_jax.memory.policies import plan_for
-from adacm2_jax.port.base import write_base
-from adacm2_jax.port.store import LazyArray
 from adacm2_jax.runs import app
 from adacm2_jax.runs.experiment import Experiment, read
 from adacm2_jax.runs.load import load_params, make_answerer
 from adacm2_jax.runs.lock import locked_output
 from adacm2_jax.runs.workdir import check_path, is_base, saved_steps
-from adacm2_jax.training.pretrain import pretrain_vision
 from adacm2_jax.video.frames import read_clip
 from adacm2_jax.video.sampling import ONE_A_SECOND
 from configs import needle
@@ -123,18 +120,13 @@ def make_vision(workdir: pathlib.Path) -> None:
     batch_size, steps, learning_rate = needle.VISION
     print(f"the ViT: {steps} steps, each of {batch_size} frames", flush=True)
     first = experiment_of("first", workdir)
-    vision, seed = first.model.vision, first.seed
-    frames = labelled_frames(batch_size, vision.image_size, seed)
-    params = pretrain_vision(
-        vision, frames, LABELS, steps=steps, learning_rate=learning_rate, seed=seed
-    )
-    clips = open_source(first.data, "train")
-    texts = (text for clip in clips for text in (clip.question, clip.answer))
-    write_base(
-        epath.Path(workdir / "vision"),
-        first.model,
-        {path: LazyArray.of(values) for path, values in params.items()},
-        train_tokenizers(texts, first.model),
+    vision.make_vision(
+        workdir / "vision",
+        first,
+        labelled_frames(batch_size, first.model.vision.image_size, first.seed),
+        LABELS,
+        steps=steps,
+        learning_rate=learning_rate,
         sources=["data/needle/drawn.py"],
     )
 

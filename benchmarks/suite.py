@@ -17,23 +17,18 @@ import sys
 import time
 
 from absl import flags
-from etils import epath
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from adacm2_jax.commands import vision  # noqa: E402
 from adacm2_jax.commands.ablate import ablate  # noqa: E402
 from adacm2_jax.commands.ablate_flags import add_flags  # noqa: E402
 from adacm2_jax.commands.train import train_and_evaluate  # noqa: E402
-from adacm2_jax.inference.processor import train_tokenizers  # noqa: E402
-from adacm2_jax.port.base import write_base  # noqa: E402
-from adacm2_jax.port.store import LazyArray  # noqa: E402
 from adacm2_jax.runs import app  # noqa: E402
 from adacm2_jax.runs.experiment import Experiment, read  # noqa: E402
 from adacm2_jax.runs.workdir import check_path, is_base, saved_steps  # noqa: E402
-from adacm2_jax.training.pretrain import pretrain_vision  # noqa: E402
 from configs import suite  # noqa: E402
-from data.sources import open_source  # noqa: E402
 from data.suite.drawn import LABELS, labelled_frames  # noqa: E402
 
 #: Memories that are compared; those without a size of their own hold TOKENS a layer.
@@ -113,18 +108,14 @@ def make_vision(workdir: pathlib.Path, seed: int) -> None:
     batch_size, steps, learning_rate = suite.VISION
     print(f"the ViT: {steps} steps, each of {batch_size} frames", flush=True)
     first = experiment_of("first", workdir, seed)
-    vision, data = first.model.vision, first.data.suite
-    frames = labelled_frames(batch_size, vision.image_size, data.styles, data.share, seed)
-    params = pretrain_vision(
-        vision, frames, LABELS, steps=steps, learning_rate=learning_rate, seed=seed
-    )
-    clips = open_source(first.data, "train")
-    texts = (text for clip in clips for text in (clip.question, clip.answer))
-    write_base(
-        epath.Path(workdir / "vision"),
-        first.model,
-        {path: LazyArray.of(values) for path, values in params.items()},
-        train_tokenizers(texts, first.model),
+    data, size = first.data.suite, first.model.vision.image_size
+    vision.make_vision(
+        workdir / "vision",
+        first,
+        labelled_frames(batch_size, size, data.styles, data.share, seed),
+        LABELS,
+        steps=steps,
+        learning_rate=learning_rate,
         sources=["data/suite/drawn.py"],
     )
 

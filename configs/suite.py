@@ -13,44 +13,16 @@ which the numbers here were chosen, and of ``test`` are real H.264 files. In ano
 runs/suite/0, say where a stage starts: --config.init_from=…/vision, …/first.
 """
 
-from typing import NamedTuple
-
 import ml_collections
 
 from adacm2_jax.config import MemoryConfig, tiny
 from configs.base import base_config
-
-
-class Stage(NamedTuple):
-    """One stage of training.
-
-    Attributes:
-      start: what it starts from, beside it.
-      frames: of a clip.
-      batch_size: clips in a step.
-      steps: how many.
-      learning_rate: the highest.
-    """
-
-    start: str
-    frames: int
-    batch_size: int
-    steps: int
-    learning_rate: float
-
-
-class Vision(NamedTuple):
-    """How the ViT is made, see ``adacm2_jax/training/pretrain.py``."""
-
-    batch_size: int
-    steps: int
-    learning_rate: float
-
+from configs.needle import Stage, Vision
 
 VISION = Vision(64, 1000, 3e-3)
 STAGES = {
-    "first": Stage("vision", 4, 32, 1200, 1e-3),
-    "main": Stage("first", 16, 16, 800, 7e-4),
+    "first": Stage("vision", 4, 32, 1200, 1e-3, 24),
+    "main": Stage("first", 16, 16, 800, 7e-4, 24),
 }
 TASKS = ("needle", "order", "change")
 #: As many rows as the shortest clips have frames: all rows learn from the first stage on, and the
@@ -61,14 +33,14 @@ TEMPORAL_POSITIONS = 4
 def get_config(stage: str = "main") -> ml_collections.ConfigDict:
     if stage not in STAGES:
         raise ValueError(f"configs/suite.py:{stage}: the stages are {', '.join(STAGES)}")
-    start, frames, batch_size, steps, learning_rate = STAGES[stage]
+    start, frames, batch_size, steps, learning_rate, max_text_len = STAGES[stage]
     memory = MemoryConfig(
         policy="full", max_frames=frames, recent_ratio="0.05", conserve_ratio="0.4"
     )
     model = tiny(
         memory=memory,
         remat=False,
-        max_text_len=24,
+        max_text_len=max_text_len,
         max_answer_len=4,
         temporal_positions=TEMPORAL_POSITIONS,
     )

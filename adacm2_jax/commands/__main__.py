@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from adacm2_jax import __version__, interrupt
+from adacm2_jax.config import POLICIES
 from adacm2_jax.errors import UserError, check_text
 
 EPILOG = """examples:
@@ -160,9 +161,7 @@ def _add_model(made: argparse.ArgumentParser) -> None:
     )
     made.add_argument(
         "--policy",
-        choices=(
-            *("adacm2", "full", "recent", "recent_frames", "uniform", "random", "budget", "merge"),
-        ),
+        choices=POLICIES,
         help="of the memory (default: the run's); recent_frames, budget and merge need a run that "
         "sets their size",
     )

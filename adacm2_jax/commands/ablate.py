@@ -13,17 +13,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from adacm2_jax.commands import ablate_report
-from adacm2_jax.commands.evaluate import check_questions, evaluate, task_of
-from adacm2_jax.distributed import is_main
+from adacm2_jax.commands.evaluate import check_questions, described, evaluate, task_of
 from adacm2_jax.errors import UserError, printable
-from adacm2_jax.files import check_writable, write_json
+from adacm2_jax.files import check_writable
 from adacm2_jax.inference.answerer import Answerer
 from adacm2_jax.inference.processor import Processor
 from adacm2_jax.runs.experiment import Experiment
 from adacm2_jax.runs.grid import Memory, memories_of, overridden, value_of, varied
 from adacm2_jax.runs.load import experiment_of, load_params
 from adacm2_jax.runs.lock import locked_output
-from adacm2_jax.runs.partial import describe, digest
+from adacm2_jax.scoring.metrics import METRICS, answers_of, video_of
+from adacm2_jax.tasks.task import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Cell:
 
 
 def ablate(args: argparse.Namespace) -> int:
-    """Runs the grid and writes its tables; returns the exit status."""
+    """Runs the grid and writes its tables; returns the exit status: 1 if videos were not read."""
     memories = [Memory.parse(text) for text in args.memory]
     tokens, frames = _numbers("--tokens", args.tokens), _numbers("--frames", args.frames)
     fixed = dict(_assigned(text) for text in args.set)
@@ -64,7 +64,9 @@ def ablate(args: argparse.Namespace) -> int:
     }
     for (_, name), experiment in grid.items():
         memories_of(memories, experiment, _longest(experiment, name), tokens)
+        _check_metric(task_of(experiment))
     answers: list[dict[str, Any]] = []
+    failed = 0
     with locked_output(output):
         for run, path in runs.items():
             model = grid[run, cells[0].name]
@@ -83,17 +85,21 @@ def ablate(args: argparse.Namespace) -> int:
                 )
                 place = output / "cells" / run / cell.name
                 print(f"{run}, {cell.name}:", flush=True)
-                for line in run_cell(experiment, answerer, place):
-                    answers.append({"run": run, "T": length, **cell.shown, **line})
-        if is_main():
-            for written in ablate_report.write(answers, output):
-                print(written)
-    return 0
+                lines, unread = run_cell(experiment, answerer, place)
+                failed += unread
+                answers += [{"run": run, "T": length, **cell.shown, **line} for line in lines]
+        if not answers:
+            raise UserError("no question has a known answer: there is nothing to compare")
+        for written in ablate_report.write(answers, output):
+            print(written)
+    if failed:
+        print(f"{failed} questions left out: their videos could not be read (see metrics.json)")
+    return 1 if failed else 0
 
 
 def run_cell(
     experiment: Experiment, answerer: Answerer, place: pathlib.Path
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], int]:
     """Answers one cell, unless that has been done.
 
     Args:
@@ -102,46 +108,60 @@ def run_cell(
       place: its directory.
 
     Returns:
-      A line an answer: what ``predictions.jsonl`` says, and what is known of its question.
+      A line for each answer that can be right or wrong: what ``predictions.jsonl`` says, and what
+      is known of its question; and how many questions' videos could not be read.
     """
     from data.sources import open_source
 
     source = open_source(experiment.data, experiment.eval.split)
     task = task_of(experiment)
     check_questions(experiment, answerer.processor, source, task)
-    count = min(experiment.eval.limit or len(source), len(source))
-    memories = {name: repr(model.config.memory) for name, model in answerer.models.items()}
-    of = describe(experiment, answerer.digest(), source, count, task.name if task else "")
-    of["memories"] = digest(memories)
-    if not _is_done(place, of):
-        evaluate(experiment, answerer, source, place, task)
-        if is_main():
-            write_json(place / "cell.json", {"of": of, "memories": memories})
+    of = described(experiment, answerer, source, task)
+    results = _done(place, of) or evaluate(experiment, answerer, source, place, task, {"of": of})
     lines = [json.loads(line) for line in (place / "predictions.jsonl").read_text().splitlines()]
     known = _records(source)
-    return [
+    rows = [
         {
             "memory": line["policy"],
             "policy": answerer.models[line["policy"]].config.memory.policy,
             "id": line["id"],
-            "video": line.get("group") or line.get("video") or line["id"],
-            "answer": line.get("answer", ""),
+            "video": video_of(line),
+            "answer": line["answer"],
             "prediction": line["prediction"],
-            "correct": int(line.get("correct", False)),
+            "correct": _right(line, task),
             "kept_tokens": line["kept_tokens"],
             "total_tokens": line["total_tokens"],
             "category": line.get("category", ""),
             **known.get(line["id"], {}),
         }
         for line in lines
+        if answers_of(line)
     ]
+    return rows, len(results["failed"])
 
 
-def _is_done(place: pathlib.Path, of: dict[str, str]) -> bool:
+def _right(line: dict[str, Any], task: Task | None) -> int:
+    """1 for a right answer, 0 for a wrong one: by the task's own metric, if it is of one."""
+    if task is None:
+        return int(line["correct"])
+    return int(METRICS[task.metrics[0]]([line], (), 0)[""].value)
+
+
+def _check_metric(task: Task | None) -> None:
+    if task and task.metrics[0] == "captions":
+        raise UserError(
+            f"task {task.name}: a caption is not right or wrong; compare memories by eval.py, with "
+            "several eval.policies"
+        )
+
+
+def _done(place: pathlib.Path, of: dict[str, str]) -> dict[str, Any] | None:
+    """The results of a cell, if it was finished and is the same."""
     try:
-        return json.loads((place / "cell.json").read_text())["of"] == of
-    except (OSError, ValueError, KeyError):
-        return False
+        results = json.loads((place / "metrics.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return results if results.get("of") == of else None
 
 
 def _records(source: Sequence[Any]) -> dict[str, dict[str, Any]]:

@@ -67,11 +67,7 @@ def evaluate(
     if is_main():
         check_writable(output, f"results go to {output}")
         output.mkdir(parents=True, exist_ok=True)
-    name = task.name if task else ""
-    header = describe(experiment, answerer.digest(), source, count, name)
-    memories = {name: repr(model.config.memory) for name, model in answerer.models.items()}
-    header["memories"] = digest(memories)
-    partial = PartialPredictions(output, header)
+    partial = PartialPredictions(output, described(experiment, answerer, source, task))
     _say(partial, count)
     failed = list(partial.failed)
     begun = time.perf_counter() - partial.seconds
@@ -131,6 +127,17 @@ def evaluate(
         write_json(output / "metrics.json", results)
     partial.finish()
     return results
+
+
+def described(
+    experiment: Experiment, answerer: Answerer, source: Sequence[Any], task: Task | None = None
+) -> dict[str, str]:
+    """What an evaluation is of (``runs.partial.describe``), its memories included."""
+    count = min(experiment.eval.limit or len(source), len(source))
+    memories = {name: repr(model.config.memory) for name, model in answerer.models.items()}
+    name = task.name if task else ""
+    of = describe(experiment, answerer.digest(), source, count, name)
+    return of | {"memories": digest(memories)}
 
 
 def check_task(

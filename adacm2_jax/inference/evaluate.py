@@ -96,8 +96,7 @@ def answer_batches(
 
 def read_beside(example: Any) -> str:
     """What is read beside the frames up to the last one: the question, unless it comes late."""
-    reading = getattr(example, "reading", None)
-    return example.question if reading is None else reading
+    return example.question if example.reading is None else example.reading
 
 
 def _filled(examples: Sequence[Any], count: int) -> list[Any]:

@@ -59,7 +59,7 @@ def _what(source: Sequence[Any], count: int) -> Any:
     if hasattr(source, "fingerprint"):
         return source.fingerprint()
     shown = ("id", "question", "answer", "answers", "choices", "start", "end", "at", "reading")
-    return [[str(getattr(source[i], name, None)) for name in shown] for i in range(count)]
+    return [[str(getattr(source[i], name)) for name in shown] for i in range(count)]
 
 
 def digest(value: Any) -> str:

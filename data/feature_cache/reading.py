@@ -99,8 +99,8 @@ class Shard:
 
     def __init__(self, path: pathlib.Path, index: Index, frame: int, local: pathlib.Path | None):
         self._path, self._index, self._frame = path, index, frame
+        self._file = self._local = -1  # what __del__ finds if one cannot be opened
         self._file = os.open(path, os.O_RDONLY)
-        self._local = -1
         if local is not None:
             local.mkdir(parents=True, exist_ok=True)
             self._local = os.open(local / path.name, os.O_RDWR | os.O_CREAT, 0o644)

@@ -7,8 +7,12 @@ import shutil
 import numpy as np
 import pytest
 
+from adacm2_jax.commands.ablate import _check_metric, _right
 from adacm2_jax.commands.ablate_report import age_bin, report, table
+from adacm2_jax.errors import UserError
+from adacm2_jax.tasks.task import find
 from tests.small import error_line, run_script
+from tests.video.make_videos import encode, numbered_frames
 
 GRID = ("--memory", "adacm2", "--memory", "last=recent_frames:recent_frames=1", "--memory", "full")
 
@@ -97,6 +101,31 @@ def test_what_cannot_be_is_said_before_parameters_are_read(
     assert run_script(*command) == 2
     assert said in error_line(capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_answers_of_a_benchmark_are_right_by_its_own_metric():
+    task = find("msrvtt_qa")  # the first word counts
+    line = {"id": "0", "question": "what?", "prediction": "tea with milk", "answer": "tea"}
+    assert (_right(line, task), _right(line | {"answer": "milk"}, task)) == (1, 0)
+    with pytest.raises(UserError, match="msvd_captions: a caption is not right or wrong"):
+        _check_metric(find("msvd_captions"))
+
+
+def test_videos_that_cannot_be_read_are_counted(small_run, tmp_path, capsys):
+    good, bad = tmp_path / "good.mp4", tmp_path / "bad.mp4"
+    encode(good, numbered_frames(8), fps=2)
+    bad.write_bytes(b"no video")
+    lines = [
+        {"video": good.name, "question": "what?", "answer": "3", "id": "a"},
+        {"video": good.name, "question": "what?", "id": "not known"},
+        {"video": bad.name, "question": "what?", "answer": "3", "id": "b"},
+    ]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source = ("--set", "data.source=jsonl", "--set", f"data.jsonl.test={tmp_path / 'test.jsonl'}")
+    command = ("ablate", "--model", small_run, "--memory", "adacm2", *source)
+    assert run_script(*command, "--output", tmp_path / "out") == 1
+    assert "1 questions left out: their videos could not be read" in capsys.readouterr().out
+    assert [row["id"] for row in rows_of(tmp_path / "out" / "answers.csv")] == ["a"]
 
 
 # --- Tables ---------------------------------------------------------------------------------------
