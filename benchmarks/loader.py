@@ -96,6 +96,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows whose name has this")
     parser.add_argument("--json")
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error(f"--rounds {args.rounds}: quartiles need 2 or more")
     results = dict(machine=_paired.machine(), rows=[])
     print(", ".join(f"{key} {value}" for key, value in results["machine"].items()))
     with tempfile.TemporaryDirectory() as made, contextlib.ExitStack() as stack:
