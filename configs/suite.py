@@ -9,8 +9,8 @@ As in ``configs/needle.py``, a ViT is made first and frozen. Both stages are a m
 which digit was on a ground (``needle``), on which of two it came first (``order``, the hardest, so
 twice), and what it was before or after it changed (``change``). The temporal embedding starts from
 zeros; with ten times the learning rate of the rest it is learned sooner (the same in the end).
-The clips are drawn when they are read; the videos of ``val``, on which ``benchmarks/suite_search.py``
-chose the numbers here, and of ``test`` are real H.264 files. In another directory than
+The clips are drawn when they are read; the videos of ``val``, on which the numbers here were chosen
+(``benchmarks/suite_search.py``), and of ``test`` are real H.264 files. In another directory than
 runs/suite/0, say where a stage starts: --config.init_from=…/vision, …/first.
 """
 
