@@ -38,8 +38,8 @@ class Videos(list):
 
 
 @functools.cache
-def feature_batches(directory: str, dtype: str, count: int, frames: int, batch: int) -> Any:
-    """Batches of features; the cache is made at the first call."""
+def feature_set(directory: str, dtype: str, count: int, frames: int) -> Any:
+    """Features as training opens them; the cache is made at the first call."""
     source = Videos(Example(str(n), b"%d" % n, "q", "a", None, None) for n in range(count))
     load = LoadClip(Sampling("uniform", num_frames=frames), frames, SIZE, False, "error")
     shape = (frames, TOKENS, WIDTH)
@@ -56,13 +56,13 @@ def feature_batches(directory: str, dtype: str, count: int, frames: int, batch: 
     cache.finish(directory, manifest)
     older = "result" in inspect.signature(cache.open_features).parameters
     more = ("bfloat16",) if older else ()
-    opened = cache.open_features(directory, source, load, VISION, shape, *more)
-    return opened.batch(batch, drop_remainder=True, batch_fn=stack)
+    return cache.open_features(directory, source, load, VISION, shape, *more)
 
 
 def features(directory: str, dtype: str, count: int, frames: int, batch: int) -> int:
     """Reads each clip once."""
-    batches = iter_batches(feature_batches(directory, dtype, count, frames, batch), 0)
+    opened = feature_set(directory, dtype, count, frames)
+    batches = iter_batches(opened.batch(batch, drop_remainder=True, batch_fn=stack), 0)
     done = sum(len(batch["frames"]) for batch in batches)
     batches.close()
     return done

@@ -34,9 +34,9 @@ CLIP = {
 class Side:
     """A process that measures the code of one checkout."""
 
-    def __init__(self, checkout: pathlib.Path):
+    def __init__(self, checkout: pathlib.Path, script: str = "_loader.py"):
         self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "_loader.py")],
+            [sys.executable, str(HERE / script)],
             cwd=checkout,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -13,19 +13,18 @@ to the last one's end in which the device has no step.
 
 import argparse
 import itertools
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterator
 
 import _paired  # before JAX: it sets the number of threads
 import jax
 import numpy as np
+from _device import Device, Reported, State, callbacks
 
 from adacm2_jax.distributed import steps_between
 from adacm2_jax.sharding import make_mesh, shard_batch
 from adacm2_jax.training.ahead import Ahead
-from adacm2_jax.training.loop import Callbacks, Every, train
+from adacm2_jax.training.loop import Every, train
 
 #: Eight clips of sixteen frames: 19 MB.
 SHAPE = (8, 16, 224, 224, 3)
@@ -38,62 +37,6 @@ READERS = {
     "0.5, every eighth 2": (0.5,) * 7 + (2.0,),
     "0.2, every eighth 3": (0.2,) * 7 + (3.0,),
 }
-
-
-class Device:
-    """Takes steps one after the other, and knows for how long it had one."""
-
-    def __init__(self, seconds: float):
-        self._seconds, self._queue = seconds, queue.SimpleQueue()
-        self._begun, self._end, self._busy = 0.0, 0.0, 0.0
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def dispatch(self, batch: jax.Array | None) -> threading.Event:
-        done = threading.Event()
-        self._queue.put((batch, done))
-        return done
-
-    def waited(self) -> float:
-        """The share of time without a step, since it was last asked."""
-        share = 1 - self._busy / (self._end - self._begun)
-        self._begun = self._busy = 0.0
-        return share
-
-    def close(self) -> None:
-        self._queue.put(None)
-
-    def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            batch, done = item
-            jax.block_until_ready(batch)
-            begun = time.perf_counter()
-            time.sleep(self._seconds)
-            self._end = time.perf_counter()
-            self._begun = self._begun or begun
-            self._busy += self._end - begun
-            done.set()
-
-
-class Reported:
-    """A metric that is there when the step is done."""
-
-    def __init__(self, done: threading.Event):
-        self._done = done
-
-    def __array__(self, *_, **__) -> np.ndarray:
-        self._done.wait()
-        return np.float32(1)
-
-    def block_until_ready(self) -> "Reported":
-        self._done.wait()
-        return self
-
-
-class State:
-    """Stands for a train state."""
-
-    def __init__(self, step: int, done: threading.Event | None = None):
-        self.step, self.done = step, done
 
 
 def read(times: tuple[float, ...], rows: np.ndarray) -> Iterator[np.ndarray]:
@@ -157,20 +100,12 @@ def run(reader: str, several: bool, seconds: float, steps: int, rounds: int) -> 
             newest, metrics = train_step(state, batch)
             return newest, metrics
 
-        callbacks = Callbacks(
-            begin_step=lambda step: None,
-            log=lambda step, metrics: time.sleep(LOG),
-            save=lambda state: None,
-            check=lambda: None,
-            wait=lambda: None,
-            evaluate=lambda state: None,
-            newest=lambda: None,
-            asked=lambda: 0,
-            polled=lambda: agree(newest, steps_between(seconds)),
-            stop=lambda step, number: None,
-        )
         every = Every(log=1, save=0, evaluate=0)
-        train(State(0), batches, step, last=steps, mesh=mesh, every=every, run=callbacks)
+        given = callbacks(
+            log=lambda step, metrics: time.sleep(LOG),
+            polled=lambda: agree(newest, steps_between(seconds)),
+        )
+        train(State(0), batches, step, last=steps, mesh=mesh, every=every, run=given)
         batches.close()
         waited["ours"].append(device.waited())
 
