@@ -23,7 +23,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from flax import traverse_util
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -38,6 +37,7 @@ from adacm2_jax.inference.processor import (  # noqa: E402
     train_tokenizers,
 )
 from adacm2_jax.inference.tokenizers import Tokenizer  # noqa: E402
+from adacm2_jax.models.params import by_path  # noqa: E402
 from adacm2_jax.runs import app  # noqa: E402
 from adacm2_jax.runs.experiment import read  # noqa: E402
 from adacm2_jax.runs.load import experiment_of, load_params  # noqa: E402
@@ -200,9 +200,10 @@ def make_start(directory: pathlib.Path, trained: pathlib.Path, language: pathlib
         return
     before = experiment_of(trained)
     config = model_of(1, llm=smollm.language_model_config(language))
-    params = traverse_util.flatten_dict(load_params(before, trained), sep="/")
     dropped = ("llm/", "language_projection/")
-    params = {path: np.asarray(v) for path, v in params.items() if not path.startswith(dropped)}
+    params = {
+        path: values for path, values in params_of(trained).items() if not path.startswith(dropped)
+    }
     params |= smollm.language_model(language, config)
     with tempfile.TemporaryDirectory() as place:
         both = pathlib.Path(place)
@@ -237,9 +238,9 @@ def report(workdir: pathlib.Path, language: pathlib.Path, begun: float) -> int:
     run = workdir / "main"
     experiment = experiment_of(run)
     wanted = smollm.language_model(language, experiment.model)
-    params = load_params(experiment, run)
+    params = params_of(run)
     same = all(
-        np.array_equal(leaf_at(params, path).view(np.uint32), values.view(np.uint32))
+        np.array_equal(params[path].view(np.uint32), values.view(np.uint32))
         for path, values in wanted.items()
     )
     with (workdir / "needle" / "accuracy.csv").open(newline="") as file:
@@ -267,12 +268,13 @@ def report(workdir: pathlib.Path, language: pathlib.Path, begun: float) -> int:
     return int(not same or best < GOAL)
 
 
-def leaf_at(params: dict, path: str) -> np.ndarray:
-    """A parameter by its path."""
-    leaf = params
-    for name in path.split("/"):
-        leaf = leaf[name]
-    return np.asarray(leaf)
+def params_of(run: pathlib.Path) -> dict[str, np.ndarray]:
+    """The parameters that a run answers with, by their paths."""
+    loaded = by_path(load_params(experiment_of(run), run))
+    return {
+        path: np.stack([np.asarray(leaf) for leaf in leaves]).reshape(shape)
+        for path, (leaves, shape) in loaded.items()
+    }
 
 
 if __name__ == "__main__":
