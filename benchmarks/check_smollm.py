@@ -14,6 +14,7 @@ a 16th of the tokens. Fails unless SmolLM2's parameters are bit for bit what the
 import argparse
 import collections
 import csv
+import dataclasses
 import json
 import pathlib
 import sys
@@ -81,6 +82,8 @@ SMOLLM = {
     "main": Stage("first", 16, 16, 120, 5e-4),
 }
 STAGES = TINY | SMOLLM
+#: What both networks are asked. SmolLM2 writes a space before a word, so the question ends with it.
+PROMPT = "Question: {question} Short answer: "
 VISION = 64, 1500, 3e-3  # images of a step, steps, learning rate
 #: Held-out videos of 64 frames, each with four questions; a layer's tokens, of 1,088.
 VIDEOS, FRAMES, TOKENS = 50, 64, 68
@@ -102,7 +105,7 @@ def main() -> int:
     make_tiny_start(workdir / "tiny_start", args.seed)
     for stage in STAGES:
         if stage == "images":
-            make_start(workdir / "start", workdir / "tiny_main", language)
+            make_start(workdir / "start", workdir / "tiny_main", language, args.seed)
         config = config_of(stage, workdir, args.seed)
         if saved_steps(workdir / stage)[-1:] != [config.train.steps]:
             train_and_evaluate(read(config), workdir / stage, at_the_end=stage == "images")
@@ -118,8 +121,9 @@ def main() -> int:
 def model_of(frames: int, **changed) -> AdaCM2Config:
     """The tiny model, which keeps every token of a clip."""
     memory = MemoryConfig("full", max_frames=frames, recent_ratio="0.05", conserve_ratio="0.4")
-    sizes = dict(max_text_len=20, max_answer_len=4, temporal_positions=4)
-    return tiny(memory=memory, remat=False, **sizes, **changed)
+    sizes: dict = dict(max_text_len=20, max_answer_len=4, temporal_positions=4)
+    sizes["llm"] = dataclasses.replace(tiny().llm, vocab_size=1024)
+    return tiny(memory=memory, remat=False, **(sizes | changed))
 
 
 def config_of(name: str, workdir: pathlib.Path, seed: int):
@@ -135,13 +139,12 @@ def config_of(name: str, workdir: pathlib.Path, seed: int):
         config.optim.groups = (("(vision|llm)/.*", None), (".*", 1.0))
     if stage.start == "tiny_start":
         config.init_missing = ("(?!vision/).*",)
-    if stage.start == "start":
-        config.init_missing = ("language_projection/.*",)
+    config.data.prompt = PROMPT
     config.data.sampling.mode = "uniform"
     config.data.sampling.num_frames = config.train.num_frames = stage.frames
     config.train.batch_size, config.train.steps = stage.batch_size, stage.steps
     config.train.chunk = stage.frames
-    config.optim.learning_rate = stage.learning_rate
+    config.optim.learning_rate, config.optim.warmup_steps = stage.learning_rate, 50
     config.checkpoint.every, config.checkpoint.keep = 100, 1
     config.generation.max_new_tokens = 4
     config.eval.batch_size, config.eval.policies = 32, ("full",)
@@ -186,14 +189,17 @@ def make_tiny_start(directory: pathlib.Path, seed: int) -> None:
         learning_rate=learning_rate,
         seed=seed,
     )
-    texts = [QUESTIONS["needle"].format(word) for word in WORDS]
-    texts += [
-        row[name] for row in smollm.image_questions("train") for name in ("question", "answer")
-    ]
+    images = smollm.image_questions("train")
+    asked = [QUESTIONS["needle"].format(word) for word in WORDS]
+    asked += [row["question"] for row in images]
+    texts = [PROMPT.format(question=question) for question in asked]
+    texts += [*map(str, range(10)), *(row["answer"] for row in images)]
     smollm.write_start(directory, config, params, train_tokenizers(texts, config))
 
 
-def make_start(directory: pathlib.Path, trained: pathlib.Path, language: pathlib.Path) -> None:
+def make_start(
+    directory: pathlib.Path, trained: pathlib.Path, language: pathlib.Path, seed: int
+) -> None:
     """The ViT and the Q-Former that was trained beside a tiny language model, and SmolLM2 as it is;
     unless they are there."""
     if is_base(directory):
@@ -205,12 +211,24 @@ def make_start(directory: pathlib.Path, trained: pathlib.Path, language: pathlib
         path: values for path, values in params_of(trained).items() if not path.startswith(dropped)
     }
     params |= smollm.language_model(language, config)
+    params |= fresh_projection(config, float(params["llm/token_embed"].std()), seed)
     with tempfile.TemporaryDirectory() as place:
         both = pathlib.Path(place)
         Processor.load(trained, before.model).save_qformer(both / QFORMER_DIR)
         Tokenizer.load(language).save(both / LLM_DIR)
         processor = Processor.load(both, config)
     smollm.write_start(directory, config, params, processor)
+
+
+def fresh_projection(config: AdaCM2Config, size: float, seed: int) -> dict[str, np.ndarray]:
+    """A projection whose tokens are of the size of SmolLM2's own: ten times larger ones, as a
+    layer begins by itself, are all that its first norms see, and hardly change."""
+    shape = config.qformer.width, config.llm.width
+    kernel = np.random.default_rng(seed).normal(0, size / np.sqrt(shape[0]), shape)
+    return {
+        "language_projection/kernel": kernel.astype(np.float32),
+        "language_projection/bias": np.zeros(shape[1], np.float32),
+    }
 
 
 def pictures(rows: int, size: int, kinds: dict[str, int], seed: int) -> Iterator:

@@ -81,7 +81,7 @@ def _settled(recent: str, conserve: str) -> int:
 
 
 _EQ6 = _settled("0.9", "0.1")
-_ONE = dict(every_seed=False)
+_ONE = dict(every_seed=False, videos=FEW_VIDEOS)
 
 STUDIES = {
     # Selection against its rivals, at equal tokens; the last frames also at other sizes.
@@ -115,9 +115,9 @@ STUDIES = {
     ),
     # How long a video may be.
     "length": Study(
-        (ADACM2, "uniform", "recent_frames", "merge", "full"),
+        (ADACM2, "uniform", "recent_frames", "full"),
         frames=(16, 64, 256, 1024),
-        videos=FEW_VIDEOS,
+        tasks=("needle", "order"),
         **_ONE,
     ),
     "long": Study((ADACM2,), frames=(64, LONG_FRAMES), tasks=("needle",), videos=LONG_VIDEOS),
@@ -125,14 +125,13 @@ STUDIES = {
     "styles": Study(
         (ADACM2, *RIVALS, "full"),
         frames=(64,),
-        videos=FEW_VIDEOS,
         styles=STYLES,
         stages=("styles/main",),
         **_ONE,
     ),
     # The same model trained on: short clips; long ones through its memory; with detached memories.
     "training": Study(
-        (ADACM2, "uniform"),
+        (ADACM2, "full"),
         frames=(64, 256),
         stages=("main", "short", "exact64", "detached64", "exact256"),
         **_ONE,
