@@ -300,6 +300,7 @@ class _Draft:
         """A shot for each image, each on a ground of its own, at random places."""
         count = len(images)
         low, high = self.lengths
+        low = min(low, max(1, self.total // count))  # in a short video
         most = max(low, min(high, self.total // (4 * count)))
         length = int(self.rng.integers(low, most + 1))
         # Frames from which all may be taken; of each shot the last frame has the age.

@@ -8,7 +8,8 @@ import functools
 import numpy as np
 
 from adacm2_jax.errors import DataError
-from data.needle.render import load_digits
+from adacm2_jax.video.room import check_room
+from data.needle.render import FRAME_SIZE, load_digits
 from data.suite.plan import TASKS, Plan, check, plan_video
 from data.suite.styles import STYLES, draw_video
 from data.suite.styles import check as check_style
@@ -34,6 +35,19 @@ def digits_of(split: str) -> tuple[np.ndarray, np.ndarray]:
     cut = int(len(labels) * _VAL_SHARE)
     chosen = slice(cut) if split == "val" else slice(cut, None)
     return images[chosen], labels[chosen]
+
+
+def check_frames(num_frames: int, size: int) -> None:
+    """Refuses a video whose frames this machine's memory does not hold.
+
+    Args:
+      num_frames: T.
+      size: side of the frames, pixels.
+    """
+    # Its frames one by one and in one array; and what is planned of each.
+    each = 2 * 3 * size * size + 64
+    what = f"the {num_frames:,} frames of a video"
+    check_room(num_frames * each, what, "lower num_frames or size", DataError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +80,10 @@ class Kind:
     def __post_init__(self):
         check(self.task, self.num_frames, self.ages, self.needle_frames)
         check_style(self.style)
+        check_frames(self.num_frames, FRAME_SIZE)
+        for field in ("seed", "needle_frames"):
+            if getattr(self, field) < 0:
+                raise DataError(f"{field} = {getattr(self, field)} must be at least 0")
         if self.questions < 1:
             raise DataError(f"questions = {self.questions} must be at least 1")
         if self.share and not _LEAST_SHARE <= self.share <= 1:

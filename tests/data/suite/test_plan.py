@@ -218,6 +218,9 @@ def test_splits_share_no_digit():
         ({"task": "generic", "ages": (1, 2)}, "generic rests on frames of the whole video"),
         ({"questions": 0}, "questions = 0 must be at least 1"),
         ({"share": 0.1}, "share = 0.1 must be 0.3 to 1"),
+        ({"seed": -1}, "seed = -1 must be at least 0"),
+        ({"needle_frames": -1}, "needle_frames = -1 must be at least 0"),
+        ({"num_frames": 10**12}, "1,000,000,000,000 frames of a video need .* GB of memory"),
     ],
 )
 def test_kinds_that_cannot_be_are_refused(changes, message):
@@ -230,6 +233,14 @@ def test_ages_without_room_for_all_shots_are_refused():
     kind = Kind("needle", "grounds", 32, questions=4, ages=(5, 6))
     with pytest.raises(DataError, match=r"ages = \(5, 6\): 4 shots of 1 frames have no room"):
         kind.plan("test", 0)
+
+
+@pytest.mark.parametrize("style", ["static", "film"])
+def test_shots_are_short_where_a_video_has_no_room_for_the_style_s(style):
+    for task in TASKS:
+        for length in (6, 7):
+            plans = [Kind(task, style, length, 4).plan("test", number) for number in range(20)]
+            assert all(plan.questions for plan in plans)
 
 
 def test_every_task_has_content():
