@@ -71,6 +71,20 @@ class RecordSource:
         return f"{self!r} {stats}"
 
 
+def check_source(config: Any, split: str) -> None:
+    """Refuses what :func:`open_source` would refuse, as far as that is seen without making data.
+
+    Raises:
+      DataError: as :func:`open_source` does.
+    """
+    if config.source == "suite":
+        from data.suite.builder import check_suite
+
+        check_suite(config, split)
+    elif config.source != "needle":
+        open_source(config, split)
+
+
 def open_source(config: Any, split: str) -> Sequence[Example]:
     """Opens what ``config.data`` of an experiment names for a split.
 

@@ -5,17 +5,23 @@ python -m data.suite --output DIR --task needle,order --style grounds --frames 6
 
 import argparse
 import itertools
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
 
-from adacm2_jax.errors import UserError
+from adacm2_jax.errors import UserError, printable
+from adacm2_jax.files import check_writable
+from adacm2_jax.interrupt import STATUS
 from data.needle.render import FRAME_SIZE
 from data.suite.builder import build
 from data.suite.plan import TASKS
 from data.suite.sheet import write_sheet
 from data.suite.styles import STYLES
 from data.suite.video import SPLITS, Kind
+
+#: Videos on a sheet, at most.
+_STRIPS = 4
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,17 +43,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         ]
         root = pathlib.Path(args.output)
         if args.videos:
-            path = build(root, kinds, args.split, args.videos, args.size)
-            print(path)
+            print(build(root, kinds, args.split, args.videos, args.size), flush=True)
         if args.sheet:
+            check_writable(root, f"--output {args.output}")
             root.mkdir(parents=True, exist_ok=True)
             for kind in kinds:
                 path = root / f"{args.split}-{kind.task}-{kind.style}-t{kind.num_frames}.png"
-                write_sheet(path, kind, args.split)
-                print(path)
+                write_sheet(path, kind, args.split, min(args.videos or _STRIPS, _STRIPS))
+                print(path, flush=True)
     except UserError as error:
         print(f"python -m data.suite: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        # Whoever read the names has left, as `head` does: all that they name is there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        why = printable(error.strerror or str(error))
+        print(f"python -m data.suite: --output {printable(args.output)}: {why}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C; the same command goes on where it was", file=sys.stderr)
+        return STATUS
     return 0
 
 
@@ -71,7 +87,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--size", type=int, default=FRAME_SIZE, help="side of the videos, pixels; even")
     add("--seed", type=int, default=0, help="another one gives other videos")
     add("--sheet", action="store_true", help="write a contact sheet of each task and style")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for flag in ("output", "task", "style"):
+        if not getattr(args, flag):
+            parser.error(f"--{flag} is empty; name one, or leave it out where it may be")
+    if not args.videos and not args.sheet:
+        parser.error("--videos 0 makes sheets alone; add --sheet")
+    return args
 
 
 if __name__ == "__main__":

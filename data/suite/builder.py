@@ -9,6 +9,7 @@ bytes; one that was stopped goes on where it was.
 from __future__ import annotations
 
 import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import dataclasses
 import hashlib
@@ -27,7 +28,7 @@ from data.jsonl import JsonlSource
 from data.needle.render import FRAME_SIZE, encode
 from data.suite.drawn import DrawnClips
 from data.suite.plan import READING, WHEN, chance
-from data.suite.video import SPLITS, Kind
+from data.suite.video import SPLITS, Kind, check_frames
 from data.workers import deaf_to_signals, live_as_long_as_parent
 
 QUESTIONS, RECORDS, BUILT = "questions.jsonl", "records.jsonl", "built.json"
@@ -35,6 +36,8 @@ QUESTIONS, RECORDS, BUILT = "questions.jsonl", "records.jsonl", "built.json"
 VERSION = 1
 # So many are drawn before worker processes have so much as started.
 _FEW_FRAMES = 4000
+# A smaller frame has no digit that can be read.
+_LEAST_SIZE = 16
 # What JsonlSource reads of a record.
 _READ = ("id", "video", "question", "answer", "group", "category", "reading")
 
@@ -94,21 +97,26 @@ def build(
         raise DataError(f"split {split!r:.60} is unknown; there are {', '.join(SPLITS)}")
     if videos < 1:
         raise DataError(f"videos = {videos}: a set needs 1 or more of each kind")
+    if not kinds:
+        raise DataError("a set needs a task and a style; name one of each")
+    _check_size(size, max(kind.num_frames for kind in kinds))
     made_from = _describe(kinds, split, videos, size)
     try:
+        _check_same(root, made_from)
+        asked = (root / QUESTIONS).exists()
+        # What cannot be asked is found before anything is drawn.
+        records = [] if asked else _records(kinds, split, videos)
         (root / "videos").mkdir(parents=True, exist_ok=True)
-        if (root / BUILT).exists():
-            if json.loads((root / BUILT).read_text()) != made_from:
-                raise DataError(
-                    f"{printable(str(root))} holds another set (see {BUILT} there); name another "
-                    "directory"
-                )
-        else:
+        if not (root / BUILT).exists():
             write_json(root / BUILT, made_from)
-        if not (root / QUESTIONS).exists():
-            remove_abandoned(root / "videos")
-            _write_videos(root, kinds, split, videos, size, shown)
-            _write_lines(root, kinds, split, videos)
+        _write_videos(root, kinds, split, videos, size, shown)  # also one that was lost since
+        if not asked:
+            _write_lines(root, records)
+    except concurrent.futures.process.BrokenProcessPool:
+        raise DataError(
+            f"{printable(str(root)[:80])}: a process that drew videos was killed, by want of "
+            "memory most often; the same command goes on where it was"
+        ) from None
     except OSError as error:
         raise DataError(
             f"{printable(str(root)[:80])}: no set can be written there "
@@ -117,12 +125,11 @@ def build(
     return root / QUESTIONS
 
 
-def open_suite(config: Any, split: str) -> DrawnClips | JsonlSource:
-    """What ``config.data`` of an experiment names for a split: training clips are drawn, the other
-    splits are built in ``data_dir`` unless they are there.
+def check_suite(config: Any, split: str) -> list[Kind]:
+    """The kinds of videos that ``config.data`` of an experiment names for a split.
 
     Raises:
-      DataError: for an unknown split or kind.
+      DataError: for an unknown split or kind, or no directory to build in.
     """
     suite = config.suite
     if split not in SPLITS:
@@ -136,10 +143,24 @@ def open_suite(config: Any, split: str) -> DrawnClips | JsonlSource:
         for style, task in itertools.product(suite.styles, suite.tasks)
     ]
     if split == "train":
-        return DrawnClips(kinds, suite.train_size)
-    kinds = list(dict.fromkeys(kinds))
+        return kinds
     if not config.data_dir:
         raise DataError("data.data_dir is empty; name a directory, such as runs/data")
+    if suite.test_size < 1:
+        raise DataError(f"data.suite.test_size = {suite.test_size} must be at least 1, to evaluate")
+    return list(dict.fromkeys(kinds))
+
+
+def open_suite(config: Any, split: str) -> DrawnClips | JsonlSource:
+    """What ``config.data`` of an experiment names for a split: training clips are drawn, the other
+    splits are built in ``data_dir`` unless they are there.
+
+    Raises:
+      DataError: for an unknown split or kind.
+    """
+    suite, kinds = config.suite, check_suite(config, split)
+    if split == "train":
+        return DrawnClips(kinds, suite.train_size)
     made_from = _describe(kinds, split, suite.test_size, FRAME_SIZE)
     digest = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
     directory = pathlib.Path(config.data_dir) / "suite" / f"{split}-t{suite.num_frames}-{digest}"
@@ -158,6 +179,30 @@ def _describe(kinds: Sequence[Kind], split: str, videos: int, size: int) -> dict
     return json.loads(json.dumps(made_from | {"kinds": values}))
 
 
+def _check_size(size: int, num_frames: int) -> None:
+    """Refuses a side that H.264 or the digits cannot have, or that memory has no room for."""
+    if size < _LEAST_SIZE or size % 2:
+        raise DataError(f"size = {size} must be an even number of at least {_LEAST_SIZE} pixels")
+    check_frames(num_frames, size)
+
+
+def _check_same(root: pathlib.Path, made_from: dict[str, Any]) -> None:
+    """Refuses a directory that holds another set, or of which nobody can tell."""
+    try:
+        stored = json.loads((root / BUILT).read_text())
+    except FileNotFoundError:
+        return
+    except ValueError as error:
+        raise DataError(
+            f"{printable(str(root / BUILT))} is damaged ({printable(str(error))}): remove the set, "
+            "or name another directory"
+        ) from None
+    if stored != made_from:
+        raise DataError(
+            f"{printable(str(root))} holds another set (see {BUILT} there); name another directory"
+        )
+
+
 def _numbers(kinds: Sequence[Kind], videos: int) -> Iterator[tuple[Kind, int]]:
     return itertools.product(kinds, range(videos))
 
@@ -169,12 +214,15 @@ def _write_videos(
         (str(root / "videos" / f"{_name(kind, split, number)}.mp4"), kind, split, number, size)
         for kind, number in _numbers(kinds, videos)
     ]
-    jobs = [job for job in jobs if not os.path.exists(job[0])]
+    jobs = [job for job in jobs if not os.path.isfile(job[0])]
+    if not jobs:
+        return
+    remove_abandoned(root / "videos")
     with contextlib.ExitStack() as opened:
         many = sum(job[1].num_frames for job in jobs) > _FEW_FRAMES
         progress = Progress(f"{split} videos", len(jobs), unit="videos", shown=shown and many)
         opened.enter_context(progress)
-        done: Iterator[None] = map(_write_video, *zip(*jobs, strict=True)) if jobs else iter(())
+        done: Iterator[None] = map(_write_video, *zip(*jobs, strict=True))
         if many:
             context = multiprocessing.get_context("spawn")  # a fork may inherit locked locks
             pool = concurrent.futures.ProcessPoolExecutor(
@@ -191,12 +239,15 @@ def _write_video(path: str, kind: Kind, split: str, number: int, size: int) -> N
     write_bytes(path, encode(kind.frames(split, number, size)))
 
 
-def _write_lines(root: pathlib.Path, kinds: Sequence[Kind], split: str, videos: int) -> None:
-    records = [
+def _records(kinds: Sequence[Kind], split: str, videos: int) -> list[dict[str, Any]]:
+    return [
         record
         for kind, number in _numbers(kinds, videos)
         for record in records_of(kind, split, number)
     ]
+
+
+def _write_lines(root: pathlib.Path, records: Sequence[dict[str, Any]]) -> None:
     lines = [json.dumps(record) for record in records]
     write_text(root / RECORDS, "\n".join(lines) + "\n")
     read = [json.dumps({name: record[name] for name in _READ}) for record in records]

@@ -1,11 +1,15 @@
 """Test sets of the suite: the same bytes each time, resumed, and read as everybody's JSON lines."""
 
+import concurrent.futures.process
 import dataclasses
+import errno
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from adacm2_jax.errors import DataError, UserError
 from adacm2_jax.runs.data_config import DataConfig, SuiteTasks
@@ -13,7 +17,7 @@ from adacm2_jax.video.frames import probe, read_clip
 from adacm2_jax.video.sampling import Sampling
 from adacm2_jax.video.stream import by_video
 from data.jsonl import JsonlSource
-from data.sources import open_source
+from data.sources import check_source, open_source
 from data.suite import builder
 from data.suite.__main__ import main
 from data.suite.builder import build
@@ -120,6 +124,30 @@ def test_what_is_done_is_not_done_again(built, monkeypatch):
     assert bytes_of(built) == before
 
 
+def test_a_video_that_was_lost_is_drawn_again(built):
+    before = bytes_of(built)
+    lost = sorted((built / "videos").iterdir())[2]
+    lost.unlink()
+    build(built, KINDS, "test", 3)
+    assert lost.exists() and bytes_of(built) == before
+
+
+def test_a_set_of_which_nobody_can_tell_what_it_is_stays(tmp_path):
+    (tmp_path / "built.json").write_text("{")
+    with pytest.raises(DataError, match=r"built\.json is damaged \(.*\): remove the set, or name"):
+        build(tmp_path, KINDS, "test", 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["built.json"]
+
+
+def test_a_killed_worker_is_said_in_one_line(tmp_path, monkeypatch):
+    def killed(*_):
+        raise concurrent.futures.process.BrokenProcessPool
+
+    monkeypatch.setattr(builder, "_write_video", killed)
+    with pytest.raises(DataError, match=r"was killed, .* the same command goes on where it was"):
+        build(tmp_path / "set", KINDS, "test", 3)
+
+
 def test_another_set_in_the_same_directory_is_refused(built):
     for arguments in ((KINDS, "test", 4), (KINDS, "val", 3), (KINDS[:1], "test", 3)):
         with pytest.raises(DataError, match=r"holds another set \(see built\.json there\)"):
@@ -138,6 +166,16 @@ def test_sets_that_cannot_be_are_refused(tmp_path):
         build(tmp_path / "a", KINDS, "exam", 3)
     with pytest.raises(DataError, match="videos = 0"):
         build(tmp_path / "a", KINDS, "test", 0)
+    with pytest.raises(DataError, match="a set needs a task and a style"):
+        build(tmp_path / "a", [], "test", 3)
+    for size in (0, -2, 8, 57):
+        with pytest.raises(DataError, match=f"size = {size} must be an even number of at least 16"):
+            build(tmp_path / "a", KINDS, "test", 3, size)
+    with pytest.raises(DataError, match=r"frames of a video need .* GB of memory"):
+        build(tmp_path / "a", KINDS, "test", 3, 1_000_000)
+    narrow = Kind("needle", "grounds", 8, 4, ages=(0, 0))
+    with pytest.raises(DataError, match="have no room there"):
+        build(tmp_path / "a", [*KINDS, narrow], "test", 3)
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="no set can be written there"):
@@ -162,6 +200,24 @@ def test_an_experiment_opens_its_splits(tmp_path):
         open_source(dataclasses.replace(data, data_dir=""), "test")
 
 
+def test_what_cannot_be_opened_is_seen_without_making_data(tmp_path):
+    suite = SuiteTasks(("needle",), ("grounds",), 8, 10, 2, 2)
+    data = DataConfig(source="suite", suite=suite, data_dir=str(tmp_path / "data"))
+    check_source(data, "test")
+    for changes, said in (
+        ({"tasks": ("needel",)}, "task 'needel' is unknown"),
+        ({"styles": ("opera",)}, "style 'opera' is unknown"),
+        ({"test_size": 0}, r"data\.suite\.test_size = 0 must be at least 1"),
+    ):
+        with pytest.raises(DataError, match=said):
+            check_source(
+                dataclasses.replace(data, suite=dataclasses.replace(suite, **changes)), "test"
+            )
+    with pytest.raises(DataError, match=r"data\.jsonl\.test is empty"):
+        check_source(DataConfig(), "test")
+    assert not (tmp_path / "data").exists()
+
+
 def test_the_command_builds_sets_and_sheets(tmp_path, capsys):
     options = ["--frames", "8", "--videos", "1", "--split", "val", "--sheet"]
     output = tmp_path / "set"
@@ -171,9 +227,47 @@ def test_the_command_builds_sets_and_sheets(tmp_path, capsys):
     assert {record["style"] for record in records(output)} == {"grounds", "medical"}
     assert len(list(output.glob("*.png"))) == 4
     assert str(output / "questions.jsonl") in capsys.readouterr().out
+    # A sheet shows no more videos than the set has.
+    assert Image.open(next(output.glob("*.png"))).height < 200
     shutil.rmtree(output)
     assert main(["--output", str(output), "--task", "sing", *options]) == 1
     assert "task 'sing' is unknown" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--task", ""], "--task is empty"),
+        (["--style", ","], "--style is empty"),
+        (["--videos", "0"], "--videos 0 makes sheets alone; add --sheet"),
+    ],
+)
+def test_a_command_that_would_make_nothing_is_refused(tmp_path, capsys, flags, said):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--output", str(tmp_path / "set"), *flags])
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_ends_in_one_line(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    sheets = ["--frames", "8", "--videos", "0", "--sheet"]
+    assert main(["--output", str(tmp_path / "file"), *sheets]) == 1
+    assert "nothing can be written to" in capsys.readouterr().err
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    for raised, status, said in (
+        (full, 1, "--output .*: No space left on device"),
+        (stopped, 130, "stopped by Ctrl-C; the same command goes on where it was"),
+    ):
+        monkeypatch.setattr("data.suite.__main__.write_sheet", raised)
+        assert main(["--output", str(tmp_path / "set"), *sheets]) == status
+        assert re.search(said, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
