@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from adacm2_jax.files import beside_path, write_text
+from adacm2_jax.files import keep_earlier, write_bytes, write_text
 from adacm2_jax.scoring.intervals import mean_interval, numbered
 
 #: What a generated data set knows of its questions (``records.jsonl``).
@@ -20,27 +20,46 @@ _NOT_GROUPS = frozenset(
     "run memory policy id video answer prediction correct kept_tokens total_tokens age chance "
     "category".split()
 )
+_FIGURES = frozenset(
+    "accuracy low high chance questions videos runs lowest_run highest_run kept_tokens "
+    "total_tokens memory policy".split()
+)
+#: Names of columns; a field that varies and is called so has its whole path.
+COLUMNS = _NOT_GROUPS | _FIGURES | {*KNOWN, "T"}
+#: All that is written.
+_FILES = ("answers.csv", "accuracy.csv", "ages.csv", "report.md", "accuracy.png", "ages.png")
 Row = dict[str, Any]
 
 
-def write(answers: Sequence[Row], output: pathlib.Path) -> list[pathlib.Path]:
+def write(answers: Sequence[Row], output: pathlib.Path, about: str = "") -> list[pathlib.Path]:
     """Writes ``answers.csv`` (a line an answer), ``accuracy.csv``, ``ages.csv`` and ``report.md``,
-    and ``accuracy.png`` and ``ages.png`` where matplotlib is installed.
+    and ``accuracy.png`` and ``ages.png`` where matplotlib is installed. Those of other answers that
+    are there get a number.
 
     Args:
       answers: of all cells.
       output: a directory that is there.
+      about: what they are of, for ``report.md``.
 
     Returns:
       What was written.
     """
     accuracy, ages = table(answers), table(answers, by_age=True)
-    written = [_write_csv(output / "answers.csv", answers)]
-    written.append(_write_csv(output / "accuracy.csv", accuracy))
-    if ages:
-        written.append(_write_csv(output / "ages.csv", ages))
+    text = _csv(answers)
+    there = output / "answers.csv"
+    if not (there.is_file() and there.read_bytes() == text.encode()):
+        keep_earlier(*(output / name for name in _FILES))
+    written = []
+    for name, content in (
+        ("answers.csv", text),
+        ("accuracy.csv", _csv(accuracy)),
+        ("ages.csv", _csv(ages) if ages else ""),
+    ):
+        if content:
+            write_text(output / name, content)
+            written.append(output / name)
     page = output / "report.md"
-    write_text(page, report(accuracy, ages))
+    write_text(page, report(accuracy, ages, about))
     written.append(page)
     if importlib.util.find_spec("matplotlib"):
         written.append(_draw(accuracy, "T", output / "accuracy.png", "frames of the video"))
@@ -70,7 +89,8 @@ def table(answers: Sequence[Row], by_age: bool = False) -> list[Row]:
       by_age: also by the age of what is asked about; answers of none are left out.
     """
     groups: dict[tuple, list[Row]] = {}
-    names = [name for name in (answers[0] if answers else {}) if name not in _NOT_GROUPS]
+    every = dict.fromkeys(name for row in answers for name in row)
+    names = [name for name in every if name not in _NOT_GROUPS]
     for row in answers:
         if by_age and not isinstance(row.get("age"), int):
             continue
@@ -110,12 +130,13 @@ def table(answers: Sequence[Row], by_age: bool = False) -> list[Row]:
     return found
 
 
-def report(accuracy: Sequence[Row], ages: Sequence[Row]) -> str:
+def report(accuracy: Sequence[Row], ages: Sequence[Row], about: str = "") -> str:
     """The tables as Markdown: a table a group, a line a memory."""
-    parts = ["# Memories compared", "", "Accuracy with its 95 % interval over videos."]
+    parts = ["# Memories compared", "", "Accuracy with its 95 % interval over videos.", about]
     for title, rows in _grouped(accuracy, "T").items():
-        chance = {row["chance"] for row in rows if row["chance"] != ""}
-        note = f" Chance: {min(chance):.0%}." if chance else ""
+        chance = sorted(row["chance"] for row in rows if row["chance"] != "")
+        ends = dict.fromkeys(f"{value:.0%}" for value in chance[:1] + chance[-1:])
+        note = f" Chance: {' to '.join(ends)}." if chance else ""
         parts += ["", f"## {title or 'all'}", "", _markdown(rows, "T", "T = {}") + note]
     if ages:
         longest = max(row["T"] for row in ages)
@@ -127,13 +148,23 @@ def report(accuracy: Sequence[Row], ages: Sequence[Row]) -> str:
 
 
 def _grouped(rows: Sequence[Row], across: str) -> dict[str, list[Row]]:
-    figures = {"accuracy", "low", "high", "chance", "questions", "videos", "runs", "lowest_run"}
-    figures |= {"highest_run", "kept_tokens", "total_tokens", "memory", "policy", across, "T"}
+    """Rows by what their figures are of, in words."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        words = dict.fromkeys(str(value) for name, value in row.items() if name not in figures)
-        groups.setdefault(", ".join(word for word in words if word), []).append(row)
+        groups.setdefault(", ".join(_words(row, across)), []).append(row)
     return groups
+
+
+def _words(row: Row, across: str) -> list[str]:
+    """What is known of the questions by itself, and of other fields their names, too, unless they
+    say the same again (``tasks`` of ``data.suite``)."""
+    known = [str(row[name]) for name in KNOWN if row.get(name) and name not in (across, "chance")]
+    for name, value in row.items():
+        if name in _FIGURES or name in KNOWN or name in (across, "T"):
+            continue
+        if not (name in ("tasks", "styles") and value in known):
+            known.append(f"{name} = {value}")
+    return known
 
 
 def _places(rows: Sequence[Row], across: str) -> list[Any]:
@@ -156,7 +187,8 @@ def _markdown(rows: Sequence[Row], across: str, head: str) -> str:
             else ""
             for column in columns
         ]
-        lines.append(f"| `{memory}` | {kept:,} | " + " | ".join(shown) + " |")
+        label = memory.replace("|", "\\|")  # else it would end the cell
+        lines.append(f"| `{label}` | {kept:,} | " + " | ".join(shown) + " |")
     counts = sorted({row["questions"] for row in rows})
     asked = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
     return "\n".join(lines) + f"\n\nQuestions a cell: {asked}."
@@ -169,14 +201,13 @@ def _order(rows: Sequence[Row]):
     return lambda row: places[row["memory"]]
 
 
-def _write_csv(path: pathlib.Path, rows: Sequence[Row]) -> pathlib.Path:
+def _csv(rows: Sequence[Row]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_text(path, text.getvalue())
-    return path
+    return text.getvalue()
 
 
 def _draw(rows: Sequence[Row], across: str, path: pathlib.Path, name: str) -> pathlib.Path:
@@ -214,15 +245,21 @@ def _draw(rows: Sequence[Row], across: str, path: pathlib.Path, name: str) -> pa
             spread = np.maximum([value - low, high - value], 0)
             colour, marker = looks[memory]
             look = dict(color=colour, marker=marker, capsize=2, linewidth=1)
-            panel.errorbar(at, value, spread, label=memory, **look)
+            panel.errorbar(at, value, spread, label=_plain(memory), **look)
         chances = [row["chance"] for row in own if row["chance"] != ""]
         if chances:
             panel.axhline(100 * min(chances), color="gray", linewidth=1, linestyle=":")
-        panel.set(title=title, ylim=(0, 101), xlabel=name, ylabel="accuracy, %")
+        panel.set(title=_plain(title), ylim=(0, 101), xlabel=name, ylabel="accuracy, %")
         panel.set_xticks(range(len(places)), [str(place) for place in places])
     handles, labels = panels.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
-    beside = beside_path(path)
-    figure.savefig(beside, dpi=130, format="png")
-    beside.replace(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=130, format="png")
+    write_bytes(path, picture.getvalue())
     return path
+
+
+def _plain(text: str) -> str:
+    """Text as matplotlib shows it unchanged: it would set formulas, and leave out labels with _."""
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text

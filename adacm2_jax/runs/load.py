@@ -286,7 +286,8 @@ def check_params(experiment: Experiment, directory: str | os.PathLike) -> None:
     abstract = abstract_params(experiment.model, experiment.optim.groups, mesh)
     source = _start_of(experiment, directory)
     if source is None:
-        find_params(directory, abstract, base=experiment.init_from)
+        step = experiment.eval.step or None
+        find_params(directory, abstract, step, base=experiment.init_from)
     else:
         check_start(source, experiment.model, abstract, experiment.init_missing)
 
