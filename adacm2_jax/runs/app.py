@@ -2,6 +2,8 @@
 
 import errno
 import os
+import select
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -57,7 +59,8 @@ def guarded(main: Callable[[], int | None], debug: bool = False) -> None:
 
     An error that its reader can mend (a ``UserError``, a full disk, a package that an extra
     installs) becomes one line on stderr and exit status 2, another process that is gone likewise
-    and status 75, Ctrl-C likewise and status 130; ``debug`` shows where an error was raised.
+    and status 75, Ctrl-C likewise and status 130; ``debug`` shows where an error was raised. Where
+    nobody reads what is printed any more, as after ``| head``, it ends silently.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -74,6 +77,9 @@ def guarded(main: Callable[[], int | None], debug: bool = False) -> None:
         interrupt.say()
         distributed.leave(interrupt.STATUS)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            distributed.leave(128 + signal.SIGPIPE)
         if explained := distributed.explain(error):
             _report(explained, debug, distributed.leave)
         if missing := command_line.missing_package(error):
@@ -131,6 +137,16 @@ def directory(name: str, path: str) -> str:
         what = "a link to nothing" if os.path.islink(path) else "no directory"
         raise UserError(f"{given} is {what}; name a directory")
     return path
+
+
+def _reader_left() -> bool:
+    """Whether standard output is a pipe that nobody reads."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), 0)
+    except (OSError, ValueError):  # it is closed, or no file
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _help(doc: str) -> str:
