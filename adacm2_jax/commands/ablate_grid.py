@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adacm2_jax.commands import ablate_report
-from adacm2_jax.commands.evaluate import check_questions, task_of
+from adacm2_jax.commands.evaluate import check_questions, check_videos, task_of
 from adacm2_jax.config import MemoryConfig
 from adacm2_jax.errors import UserError, printable
 from adacm2_jax.inference.processor import Processor
@@ -172,6 +172,7 @@ def sources_of(grid: Grid, runs: Mapping[str, str]) -> dict[tuple[str, str], Seq
     for (run, name), place in grid.items():
         experiment = place.experiment
         source = open_source(experiment.data, experiment.eval.split)
+        check_videos(source, experiment.eval.split)
         processor = Processor.load(pathlib.Path(runs[run]), experiment.model)
         check_questions(experiment, processor, source, task_of(experiment))
         examples = itertools.islice(source, experiment.eval.limit or None)

@@ -62,6 +62,7 @@ def evaluate(
       UserError: if the task's metrics need what is not there; before anything is answered.
     """
     output, settings = pathlib.Path(output), experiment.eval
+    check_videos(source, settings.split)
     count = min(settings.limit or len(source), len(source))
     metrics = check_task(experiment, task, source, count)
     if is_main():
@@ -138,6 +139,19 @@ def described(
     name = task.name if task else ""
     of = describe(experiment, answerer.digest(), source, count, name)
     return of | {"memories": digest(memories)}
+
+
+def check_videos(source: Sequence[Any], split: str) -> None:
+    """Refuses clips that are drawn when they are trained on: no file holds them.
+
+    Raises:
+      UserError: naming the split.
+    """
+    if len(source) and hasattr(source[0].video, "frames"):
+        raise UserError(
+            f"split {split!r} is drawn while it is trained on, and has no videos to answer about; "
+            "name another, such as test"
+        )
 
 
 def check_task(

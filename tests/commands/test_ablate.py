@@ -250,6 +250,12 @@ def test_what_is_known_of_questions_may_be_of_something_else(tmp_path):
         _records(source)
 
 
+def test_clips_that_are_drawn_in_training_are_refused(small_run, tmp_path, capsys):
+    suite = ("--set", "data.source=suite", "--split", "train", "--output", tmp_path / "out")
+    assert run_script("ablate", "--model", small_run, "--memory", "adacm2", *suite) == 2
+    assert "split 'train' is drawn while it is trained on" in error_line(capsys)
+
+
 def test_answers_that_nobody_knows_are_missed_before_any_is_given(small_run, tmp_path, capsys):
     line = {"video": "none.mp4", "question": "what?"}
     (tmp_path / "test.jsonl").write_text(json.dumps(line))
