@@ -5,6 +5,7 @@ import importlib.util
 import io
 import itertools
 import pathlib
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -235,7 +236,7 @@ def _draw(rows: Sequence[Row], across: str, path: pathlib.Path, name: str) -> pa
         panel.set_visible(False)
     for panel, (title, own) in zip(panels.flat, groups.items(), strict=False):
         places = _places(own, across)
-        for memory in memories:
+        for number, memory in enumerate(memories):
             cells = {row[across]: row for row in own if row["memory"] == memory}
             at = [i for i, place in enumerate(places) if place in cells]
             value, low, high = (
@@ -245,7 +246,9 @@ def _draw(rows: Sequence[Row], across: str, path: pathlib.Path, name: str) -> pa
             spread = np.maximum([value - low, high - value], 0)
             colour, marker = looks[memory]
             look = dict(color=colour, marker=marker, capsize=2, linewidth=1)
-            panel.errorbar(at, value, spread, label=_plain(memory), **look)
+            # Beside one another, or equal ones would hide their intervals.
+            aside = (number - (len(memories) - 1) / 2) * min(0.04, 0.3 / len(memories))
+            panel.errorbar(np.array(at) + aside, value, spread, label=_plain(memory), **look)
         chances = [row["chance"] for row in own if row["chance"] != ""]
         if chances:
             panel.axhline(100 * min(chances), color="gray", linewidth=1, linestyle=":")
@@ -254,7 +257,9 @@ def _draw(rows: Sequence[Row], across: str, path: pathlib.Path, name: str) -> pa
     handles, labels = panels.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
     picture = io.BytesIO()
-    figure.savefig(picture, dpi=130, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the tables have the label
+        figure.savefig(picture, dpi=130, format="png")
     write_bytes(path, picture.getvalue())
     return path
 
