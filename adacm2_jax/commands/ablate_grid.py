@@ -115,7 +115,8 @@ def grid_of(args: argparse.Namespace, cells: Sequence[Cell], runs: Mapping[str, 
     """Every run in every cell.
 
     Raises:
-      UserError: for what cannot be, and for runs that cannot be averaged: their memories differ.
+      UserError: for what cannot be, and for runs of which there is no one accuracy, for their
+        memories or questions are not of a kind.
     """
     from data.sources import check_source
 
@@ -156,19 +157,40 @@ def _check_alike(one: Place, other: Place, what: str) -> None:
                 f"{what} would not have the same memory {label}, for their ratios differ; give "
                 "it a size, or --set model.memory.recent_ratio and conserve_ratio"
             )
+    if lines := difference(_asked(one.experiment), _asked(other.experiment)):
+        changed = " ".join(line.strip() for line in lines[:2])
+        raise UserError(
+            f"{what} would be asked otherwise ({printable(changed[:200])}): there is no one "
+            "accuracy of both; --set that field, or give --split"
+        )
+
+
+def _asked(experiment: Experiment) -> dict[str, Any]:
+    """What is asked, and how; models may have generated videos of their own, each by its seed."""
+    values = to_dict(experiment)
+    data, split = values["data"], experiment.eval.split
+    fields = {name: data[name] for name in ("source", "prompt", "sampling", "resize")}
+    own = data.get(experiment.data.source, {})
+    if experiment.data.source == "jsonl":
+        own = {split: own.get(split)}
+    own = {name: own[name] for name in own if name not in ("seed", "train_size", "drawn")}
+    asked = {"split": split, "limit": experiment.eval.limit}
+    return {
+        "data": fields | {experiment.data.source: own},
+        "eval": asked,
+        "generation": values["generation"],
+    }
 
 
 def sources_of(grid: Grid, runs: Mapping[str, str]) -> dict[tuple[str, str], Sequence[Any]]:
     """The questions of every run in every cell; generated ones are made where they are not yet.
 
     Raises:
-      UserError: for questions that cannot be read or answered, or of which no answer is known; and
-        for runs that would be asked different ones.
+      UserError: for questions that cannot be read or answered, or of which no answer is known.
     """
     from data.sources import open_source
 
     sources: dict[tuple[str, str], Sequence[Any]] = {}
-    asked: dict[tuple[str, int], list] = {}
     for (run, name), place in grid.items():
         experiment = place.experiment
         source = open_source(experiment.data, experiment.eval.split)
@@ -176,16 +198,10 @@ def sources_of(grid: Grid, runs: Mapping[str, str]) -> dict[tuple[str, str], Seq
         processor = Processor.load(pathlib.Path(runs[run]), experiment.model)
         check_questions(experiment, processor, source, task_of(experiment))
         examples = itertools.islice(source, experiment.eval.limit or None)
-        read = [(each.id, each.question, each.answer, each.answers) for each in examples]
-        if not any(answer is not None or answers for _, _, answer, answers in read):
+        if not any(each.answer is not None or each.answers for each in examples):
             raise UserError(
                 f"{name}: no question of split {experiment.eval.split!r} has a known answer: there "
                 "is nothing to compare; add them, or name another --split"
-            )
-        if asked.setdefault((name, place.frames), read) != read:
-            raise UserError(
-                f"{name}: {run} and another model are asked different questions, of which no "
-                "accuracy can be over both; give --split, or --set the fields of data that differ"
             )
         sources[run, name] = source
     return sources

@@ -189,7 +189,8 @@ def changed(run, to, **fields):
     ("fields", "said"),
     [
         ({"model__memory__conserve_ratio": "0.2"}, "would not have the same memory adacm2"),
-        ({"eval__split": "train"}, "are asked different questions"),
+        ({"eval__split": "train"}, "would be asked otherwise (- eval.split = 'test' + eval.split"),
+        ({"data__prompt": "{question}?"}, "would be asked otherwise (- data.prompt"),
     ],
 )
 def test_runs_of_which_there_is_no_one_accuracy_are_refused(
@@ -201,6 +202,18 @@ def test_runs_of_which_there_is_no_one_accuracy_are_refused(
     assert run_script("ablate", *models, *place) == 2
     assert said in error_line(capsys)
     assert not (tmp_path / "out" / "cells").exists()
+
+
+def test_models_may_have_videos_of_their_own():
+    suite = small_experiment(data__source="suite")
+    for field in ({"seed": 3}, {"train_size": 5}):
+        own = dataclasses.replace(suite.data.suite, **field)
+        other = dataclasses.replace(suite, data=dataclasses.replace(suite.data, suite=own))
+        _check_alike(Place(suite, 4, {}), Place(other, 4, {}), "all: a and b")
+    harder = dataclasses.replace(suite.data.suite, tasks=("order",))
+    other = dataclasses.replace(suite, data=dataclasses.replace(suite.data, suite=harder))
+    with pytest.raises(UserError, match=r"would be asked otherwise \(- data\.suite\.tasks"):
+        _check_alike(Place(suite, 4, {}), Place(other, 4, {}), "all: a and b")
 
 
 def test_runs_of_other_frames_are_refused():
