@@ -117,7 +117,7 @@ STUDIES = {
     "length": Study(
         (ADACM2, "uniform", "recent_frames", "full"),
         frames=(16, 64, 256, 1024),
-        tasks=("needle", "order"),
+        tasks=("needle",),
         **_ONE,
     ),
     "long": Study((ADACM2,), frames=(64, LONG_FRAMES), tasks=("needle",), videos=LONG_VIDEOS),
