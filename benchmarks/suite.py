@@ -22,7 +22,7 @@ from absl import flags
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from adacm2_jax.config import as_fraction  # noqa: E402
+from adacm2_jax.config import as_fraction, tiny  # noqa: E402
 from adacm2_jax.memory.policies import settled, share_for  # noqa: E402
 from adacm2_jax.runs import app  # noqa: E402
 from adacm2_jax.runs.workdir import check_path  # noqa: E402
@@ -30,7 +30,7 @@ from benchmarks._suite import Change, compare, make_vision, train, train_on  # n
 
 #: Tokens that a layer holds: of two frames. A 32nd of all at 64 frames, a 128th at 256.
 TOKENS = 34
-_P = 17  # tokens of a frame
+_P = tiny().vision.tokens_per_frame
 TASKS = ("needle", "order", "change")
 STYLES = ("film", "static", "medical", "sport")
 #: Videos of a task and seed, each with up to four questions: 1,008 questions of three seeds.

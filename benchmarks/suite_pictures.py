@@ -19,22 +19,23 @@ from PIL import Image
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from adacm2_jax.config import MemoryConfig, as_fraction  # noqa: E402
 from adacm2_jax.files import beside_path  # noqa: E402
 from adacm2_jax.inference.answerer import Answerer  # noqa: E402
 from adacm2_jax.inference.evaluate import read_beside  # noqa: E402
 from adacm2_jax.inference.picture import Counts, draw_memory  # noqa: E402
 from adacm2_jax.inference.processor import Processor  # noqa: E402
-from adacm2_jax.memory.policies import plan_for, share_for  # noqa: E402
+from adacm2_jax.memory.policies import plan_for  # noqa: E402
 from adacm2_jax.runs import app  # noqa: E402
-from adacm2_jax.runs.grid import overridden  # noqa: E402
+from adacm2_jax.runs.grid import Memory, memories_of, overridden  # noqa: E402
 from adacm2_jax.runs.load import experiment_of, load_params  # noqa: E402
+from adacm2_jax.scoring.metrics import exact_match  # noqa: E402
 from adacm2_jax.video.frames import read_clip  # noqa: E402
 from adacm2_jax.video.sampling import Sampling  # noqa: E402
+from benchmarks.suite import TOKENS  # noqa: E402
 from data.sources import open_source  # noqa: E402
 
 TASKS = ("needle", "order", "change", "two_questions", "late", "generic")
-FRAMES, TOKENS, VIDEOS, CHUNK = 64, 34, 60, 16
+FRAMES, VIDEOS, CHUNK = 64, 60, 16
 
 
 def main() -> None:
@@ -46,9 +47,7 @@ def main() -> None:
     run, output = pathlib.Path(args.workdir) / str(args.seed) / "main", pathlib.Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     experiment = experiment_of(run)
-    tokens_per_frame = experiment.model.vision.tokens_per_frame
-    share = share_for(TOKENS, tokens_per_frame, as_fraction("0.05"))
-    memory = MemoryConfig("adacm2", recent_ratio="0.05", conserve_ratio=share)
+    (memory,) = memories_of([Memory.parse("adacm2")], experiment, FRAMES, [TOKENS]).values()
     answerer = Answerer(
         experiment.model,
         load_params(experiment, run),
@@ -102,7 +101,7 @@ def answered(answerer: Answerer, example, shown: str, found) -> tuple[bool, Imag
     for first in range(0, FRAMES, CHUNK):
         answerer.read(reading, frames[None, first : first + CHUNK], np.ones((1, CHUNK), bool))
     given = answerer.answer(reading, "adacm2")[0][0].text
-    right = given.strip() == example.answer
+    right = exact_match(given, example.answer)
     if right in found:
         return right, None
     kept = answerer.kept_patches(reading, "adacm2", 0)
