@@ -243,28 +243,40 @@ class AdaCM2(nn.Module):
         """
         return self.language_projection(queries).astype(self.config.dtype)
 
-    def token_log_probs(
-        self, queries: jax.Array, question: Question
-    ) -> tuple[jax.Array, jax.Array]:
-        """How probable every token of a text is after the video and the tokens before it.
+    def answer_log_probs(
+        self, queries: jax.Array, question: Question, targets: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """How probable every token of an answer is after the video and the tokens before it.
+
+        The language model's head, a product with the whole vocabulary, is applied where the answer
+        stands and nowhere else.
 
         Args:
           queries: [B, N, E], of a state after the last frame.
           question: its ``llm_ids`` hold prompt and answer, then padding (LAVIS's order).
+          targets: bool[B, S], true on the tokens of the answer, which follow one another and are A
+            = ``max_answer_len`` at most.
 
         Returns:
-          float32[B, S], the log-probability of each token, and bool[B, S], whether it is the most
-          probable one.
+          float32[B, A], the log-probability of each token; bool[B, A], whether it is the most
+          probable one; and bool[B, A], false behind the answer's end.
         """
         visual = self.visual_tokens(queries)
         tokens = self.llm.embed(question.llm_ids, visual.dtype)
         mask = jnp.concatenate([jnp.ones(visual.shape[:2], bool), question.llm_mask], axis=1)
         positions = jnp.broadcast_to(jnp.arange(mask.shape[1]), mask.shape)
         hidden, _ = self.llm(jnp.concatenate([visual, tokens], axis=1), mask, positions)
-        logits = self.llm.logits(hidden[:, visual.shape[1] - 1 : -1])
+        place = jnp.argmax(targets, axis=1)[:, None] + jnp.arange(self.config.max_answer_len)
+        known = place < targets.shape[1]
+        place = jnp.minimum(place, targets.shape[1] - 1)
+        known &= jnp.take_along_axis(targets, place, axis=1)
+        ids = jnp.take_along_axis(question.llm_ids, place, axis=1)
+        # What a token is predicted from stands before it.
+        before = place + visual.shape[1] - 1
+        logits = self.llm.logits(jnp.take_along_axis(hidden, before[..., None], axis=1))
         log_probs = jax.nn.log_softmax(logits)
-        log_probs = jnp.take_along_axis(log_probs, question.llm_ids[..., None], axis=-1)[..., 0]
-        return log_probs, logits.argmax(-1) == question.llm_ids
+        log_probs = jnp.take_along_axis(log_probs, ids[..., None], axis=-1)[..., 0]
+        return log_probs, logits.argmax(-1) == ids, known
 
     def answer_loss(
         self,
@@ -276,24 +288,22 @@ class AdaCM2(nn.Module):
         """Cross-entropy of the answer, teacher-forced.
 
         Args:
-          queries: [B, N, E], of a state after the last frame.
-          question: as in :meth:`token_log_probs`.
-          targets: bool[B, S], true on the tokens of the answer, its end token included.
+          queries, question, targets: as in :meth:`answer_log_probs`.
           count: what sums over targets are divided by; by default the number of targets.
 
         Returns:
           float32 scalars: the mean loss a target token, and the share predicted exactly.
         """
-        log_probs, best = self.token_log_probs(queries, question)
+        log_probs, best, known = self.answer_log_probs(queries, question, targets)
         count = jnp.maximum(targets.sum(), 1) if count is None else count
-        return jnp.where(targets, -log_probs, 0).sum() / count, (best & targets).sum() / count
+        return jnp.where(known, -log_probs, 0).sum() / count, (best & known).sum() / count
 
     def log_likelihood(
         self, queries: jax.Array, question: Question, targets: jax.Array
     ) -> jax.Array:
-        """float32[B]: the summed log-probability of each answer; see :meth:`answer_loss`."""
-        log_probs, _ = self.token_log_probs(queries, question)
-        return jnp.where(targets, log_probs, 0).sum(axis=1)
+        """float32[B]: the summed log-probability of each answer; see :meth:`answer_log_probs`."""
+        log_probs, _, known = self.answer_log_probs(queries, question, targets)
+        return jnp.where(known, log_probs, 0).sum(axis=1)
 
     def prefill(
         self, queries: jax.Array, question: Question, cache_length: int

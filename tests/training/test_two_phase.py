@@ -155,19 +155,8 @@ def test_a_detached_memory_has_the_same_loss_and_teaches_nothing_of_earlier_fram
 
 
 def test_merge_takes_the_gradient_of_the_last_frame_in_both_forms():
-    config = dataclasses.replace(
-        SMALL,
-        qformer=EXACT.qformer,
-        temporal_positions=EXACT.temporal_positions,
-        memory=MemoryConfig(policy="merge", bank_frames=3),
-    )
-    batch = make_batch(7)
-    batch = batch.replace(frames=batch.frames.astype(np.float32))
-    loss, _, expected = gradients_of(config, batch, StepConfig("scan"))
-    found = gradients_of(config, batch, StepConfig("two_phase", 3))
-    # float32: a sum of some hundred terms in another order.
-    assert found[0] == pytest.approx(loss, rel=1e-6)
-    assert apart(found[2], expected) < 1e-4
+    memory = MemoryConfig(policy="merge", bank_frames=3)
+    assert_same_gradients(dataclasses.replace(EXACT, memory=memory), make_batch(7), 3)
 
 
 def test_pixels_go_through_the_vit_in_chunks():
