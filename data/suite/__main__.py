@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_writable(root, f"--output {args.output}")
             root.mkdir(parents=True, exist_ok=True)
             for kind in kinds:
-                path = root / f"{args.split}-{kind.task}-{kind.style}-t{kind.num_frames}.png"
+                path = root / f"{kind.name(args.split)}.png"
                 write_sheet(path, kind, args.split, min(args.videos or _STRIPS, _STRIPS))
                 print(path, flush=True)
     except UserError as error:

@@ -168,8 +168,7 @@ def open_suite(config: Any, split: str) -> DrawnClips | JsonlSource:
 
 
 def _name(kind: Kind, split: str, number: int) -> str:
-    seed = f"-s{kind.seed}" if kind.seed else ""
-    return f"{split}-{kind.task}-{kind.style}-t{kind.num_frames}{seed}-{number:05d}"
+    return f"{kind.name(split)}-{number:05d}"
 
 
 def _describe(kinds: Sequence[Kind], split: str, videos: int, size: int) -> dict[str, Any]:

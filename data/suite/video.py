@@ -92,6 +92,11 @@ class Kind:
                 "read), or 0 for the style's own"
             )
 
+    def name(self, split: str) -> str:
+        """What its files of a split are called, without a number."""
+        seed = f"-s{self.seed}" if self.seed else ""
+        return f"{split}-{self.task}-{self.style}-t{self.num_frames}{seed}"
+
     def _rng(self, split: str, number: int) -> np.random.Generator:
         places = SPLITS.index(split), TASKS.index(self.task), list(STYLES).index(self.style)
         return np.random.default_rng([self.seed, *places, self.num_frames, number])

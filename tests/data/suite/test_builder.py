@@ -229,6 +229,10 @@ def test_the_command_builds_sets_and_sheets(tmp_path, capsys):
     assert str(output / "questions.jsonl") in capsys.readouterr().out
     # A sheet shows no more videos than the set has.
     assert Image.open(next(output.glob("*.png"))).height < 200
+    # Those of another seed stand beside it.
+    another = ["--frames", "8", "--videos", "0", "--sheet", "--seed", "3"]
+    assert main(["--output", str(output), *another]) == 0
+    assert (output / "test-needle-grounds-t8-s3.png").exists()
     shutil.rmtree(output)
     assert main(["--output", str(output), "--task", "sing", *options]) == 1
     assert "task 'sing' is unknown" in capsys.readouterr().err
