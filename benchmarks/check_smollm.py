@@ -78,15 +78,15 @@ TINY = {
 }
 SMOLLM = {
     "images": Stage("start", 1, 16, 250, 1e-3),
-    "first": Stage("images", 4, 16, 400, 1e-3),
-    "main": Stage("first", 16, 16, 120, 5e-4),
+    "first": Stage("images", 4, 16, 600, 1e-3),
+    "main": Stage("first", 16, 16, 240, 5e-4),
 }
 STAGES = TINY | SMOLLM
 #: What both networks are asked. SmolLM2 writes a space before a word, so the question ends with it.
 PROMPT = "Question: {question} Short answer: "
 VISION = 64, 1500, 3e-3  # images of a step, steps, learning rate
 #: Held-out videos of 64 frames, each with four questions; a layer's tokens, of 1,088.
-VIDEOS, FRAMES, TOKENS = 50, 64, 68
+VIDEOS, FRAMES, TOKENS = 100, 64, 68
 MEMORIES = ("adacm2", "uniform", "random", "recent_frames", "merge", "full")
 IMAGES, GOAL = 1000, 0.85
 

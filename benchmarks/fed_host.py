@@ -36,13 +36,13 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in results["machine"].items()))
     cores = results["machine"].get("cores", 2)
     rates = {"a whole host": args.clips, f"{cores} of {CORES} cores": args.clips * cores / CORES}
-    with tempfile.TemporaryDirectory() as made, contextlib.ExitStack() as stack:
-        sides = {}
-        for name, path in (("ours", pathlib.Path(__file__).parents[1]), ("beside", args.beside)):
-            if path:
-                sides[name] = Side(path, "_fed.py")
-                stack.callback(sides[name].close)
-        for dtype in ("bfloat16", "int8"):
+    places = {"ours": pathlib.Path(__file__).parents[1], "beside": args.beside}
+    for dtype in ("bfloat16", "int8"):
+        # Processes of its own, for the most that they held is told.
+        with tempfile.TemporaryDirectory() as made, contextlib.ExitStack() as stack:
+            sides = {name: Side(path, "_fed.py") for name, path in places.items() if path}
+            for side in sides.values():
+                stack.callback(side.close)
             for name, rate in rates.items():
                 found: dict[str, list[dict]] = {side: [] for side in sides}
                 seconds = BATCH / rate
@@ -50,7 +50,7 @@ def main() -> None:
                     for side, measure in sides.items():
                         found[side].append(
                             measure(
-                                directory=f"{made}/{dtype}",
+                                directory=made,
                                 dtype=dtype,
                                 count=args.stored,
                                 frames=FRAMES,
