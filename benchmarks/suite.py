@@ -1,14 +1,15 @@
 """The suite of generated tasks: trains the tiny model on it, and compares memories.
 
-    make suite                       (SUITE_ARGS=--fast: one model, few questions, ten minutes)
+    make suite                       (SUITE_ARGS=--fast: one model and few questions)
     python benchmarks/suite.py --workdir runs/suite [--studies memories,plane] [--seeds 0,1,2]
     python benchmarks/suite.py --workdir runs/suite --vision_only
 
 For each seed it trains a model (SEED/vision, first, main; ``configs/suite.py``) on videos of its
 own. Each study then has models answer held-out videos under several memories, by ``adacm2 ablate``,
-and writes its tables to WORKDIR/SPLIT/STUDY. What is done is left as it is; what was stopped goes
-on. Hyper-parameters were chosen on ``val`` with seeds from 10 on (``suite_search.py``, and this
-with ``--split val --seeds 10``); reported are ``test`` and the seeds below.
+and writes its tables to WORKDIR/SPLIT/STUDY (SPLIT-fast with ``--fast``). What is done is left as
+it is; what was stopped goes on. Hyper-parameters were chosen on ``val`` with seeds from 10 on
+(``suite_search.py``, and this with ``--split val --seeds 10``); reported are ``test`` and the seeds
+below.
 """
 
 import dataclasses
@@ -23,6 +24,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from adacm2_jax.config import as_fraction, tiny  # noqa: E402
+from adacm2_jax.errors import UserError  # noqa: E402
+from adacm2_jax.files import check_writable  # noqa: E402
 from adacm2_jax.memory.policies import settled, share_for  # noqa: E402
 from adacm2_jax.runs import app  # noqa: E402
 from adacm2_jax.runs.workdir import check_path  # noqa: E402
@@ -171,16 +174,15 @@ TRAINED_ON = {
 
 def main() -> None:
     args = flags.FLAGS
-    workdir = pathlib.Path(args.workdir)
-    check_path(workdir, f"--workdir={workdir}")
-    seeds = [int(seed) for seed in args.seeds]
+    workdir, seeds, names = checked(args)
+    split = args.split
     if args.fast:
-        seeds = seeds[:1]
+        seeds, split = seeds[:1], f"{split}-fast"
     if args.vision_only:
         make_vision(workdir / str(seeds[0]), seeds[0])
         return
     begun = time.perf_counter()
-    for name in FAST if args.fast else args.studies:
+    for name in names:
         study = STUDIES[name]
         for stage in study.stages:
             runs = [
@@ -188,8 +190,37 @@ def main() -> None:
                 for seed in (seeds if study.every_seed else seeds[:1])
             ]
             place = name if len(study.stages) == 1 else f"{name}/{stage}"
-            answer(study, runs, workdir / "data", workdir / args.split / place)
+            answer(study, runs, workdir / "data", workdir / split / place)
         print(f"{name}: {(time.perf_counter() - begun) / 60:.1f} minutes so far", flush=True)
+
+
+def checked(args: flags.FlagValues) -> tuple[pathlib.Path, list[int], Sequence[str]]:
+    """What the flags say: the directory, the seeds and the studies.
+
+    Raises:
+      UserError: naming the flag that says nothing that can be done.
+    """
+    if not args.workdir:
+        raise UserError("--workdir is empty; name a directory, or leave it out")
+    check_path(args.workdir, f"--workdir={args.workdir}")
+    check_writable(args.workdir, f"--workdir={args.workdir}")
+    for seed in args.seeds:
+        if not seed.isdecimal():
+            raise UserError(f"--seeds={','.join(args.seeds)}: {seed!r} is no number from 0 on")
+    seeds = list(map(int, args.seeds))
+    if args.fast and args["studies"].present:
+        raise UserError(f"--studies: --fast runs {', '.join(FAST)} alone; leave one of them out")
+    names = FAST if args.fast else args.studies
+    if unknown := sorted(set(names) - set(STUDIES)):
+        raise UserError(
+            f"--studies: {', '.join(unknown)} is unknown; there are {', '.join(STUDIES)}"
+        )
+    for flag, values in (("seeds", seeds), ("studies", names)):
+        if not values:
+            raise UserError(f"--{flag} is empty; name one, or leave it out")
+        if len(set(values)) < len(values):
+            raise UserError(f"--{flag}={','.join(map(str, values))} names one twice; leave it out")
+    return pathlib.Path(args.workdir), seeds, names
 
 
 def model(root: pathlib.Path, seed: int, stage: str) -> pathlib.Path:
@@ -227,7 +258,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_string("workdir", "runs/suite", "Where everything is written.", **options)
     flags.DEFINE_list("seeds", ["0", "1", "2"], "A model each.", **options)
     flags.DEFINE_list("studies", list(STUDIES), "In this order.", **options)
-    flags.DEFINE_string("split", "test", "val or test.", **options)
+    flags.DEFINE_enum("split", "test", ["val", "test"], "Whose videos are asked about.", **options)
     flags.DEFINE_boolean("fast", False, "One model, one length, few videos.", **options)
     flags.DEFINE_boolean("vision_only", False, "Make the ViT of the first seed alone.", **options)
 

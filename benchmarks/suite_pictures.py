@@ -45,8 +45,8 @@ def main() -> None:
     parser.add_argument("--output", default="docs/suite")
     args = parser.parse_args()
     run, output = pathlib.Path(args.workdir) / str(args.seed) / "main", pathlib.Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
     experiment = experiment_of(run)
+    output.mkdir(parents=True, exist_ok=True)
     (memory,) = memories_of([Memory.parse("adacm2")], experiment, FRAMES, [TOKENS]).values()
     answerer = Answerer(
         experiment.model,

@@ -56,6 +56,9 @@ def main() -> None:
     args = flags.FLAGS
     workdir = pathlib.Path(args.workdir)
     check_path(workdir, f"--workdir={workdir}")
+    for seed in args.seeds:
+        if not seed.isdecimal():
+            raise UserError(f"--seeds: {seed!r} is no number from 10 on")
     for seed in map(int, args.seeds):
         if seed < FIRST_SEED:
             raise UserError(f"--seeds={seed}: from 10 on; the smaller ones are reported")
