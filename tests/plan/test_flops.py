@@ -200,7 +200,7 @@ def test_training_is_the_arithmetic_of_a_clip_and_its_gradient(tpus):
     c, tokens = plan.model, plan.model.vision.tokens_per_frame
     places = c.qformer.num_queries + c.max_text_len + c.max_answer_len
     weights, attention = llm(c, places, places)
-    logits = 2 * c.llm.width * c.llm.vocab_size * (places - c.qformer.num_queries)
+    logits = 2 * c.llm.width * c.llm.vocab_size * c.max_answer_len
     slots = (plan_for(c).capacity + tokens) * c.qformer.num_cross_layers * token(c)
     last = frame(c) + slots + projection(c)
     once = plan.frames * vit(c.vision) + 3 * last + 2 * (weights + logits) + 3 * attention
