@@ -150,9 +150,9 @@ class Decoder:
         """
         # A millionth of a tick absorbs the rounding of `time`, far below any frame's period.
         tick = math.floor((time - self.begins) / self._file.clock + 1e-6) + self._timing.start
-        margin = self._seek_margin(tick)
-        if margin is not None:
-            self._seek(tick, margin)
+        target = self._seek_target(tick)
+        if target is not None:
+            self._seek(tick, target)
         if self._shown is None and self._next is None:
             self._next = next(self._frames, None)
             if self._next is None:
@@ -196,8 +196,8 @@ class Decoder:
             for tick, frame in self._packets.decode(packet):
                 yield _Stamped(tick, frame)
 
-    def _seek_margin(self, tick: int) -> float | None:
-        """Tells whether a seek saves decoding: seconds before `tick` to seek to, or None."""
+    def _seek_target(self, tick: int) -> int | None:
+        """Tells whether a seek saves decoding: the tick to seek to, or None."""
         at = self._next or self._shown
         position = at.tick if at else self._timing.start
         gap = (tick - position) * self._file.clock
@@ -209,19 +209,20 @@ class Decoder:
         if key >= 0:
             key_tick = entries[key].timestamp + self._reorder
             if (key_tick - position) * self._file.clock > least:
-                return 0.0
+                # When it is shown, not when it is decoded: FFmpeg would go to the one before.
+                return key_tick
             if self._indexed and entries[-1].timestamp + self._reorder >= tick:
                 return None
-        return _BLIND_SEEK_MARGIN if gap > self._blind_seek else None
+        if gap <= self._blind_seek:
+            return None
+        return tick - self._reorder - round(_BLIND_SEEK_MARGIN / self._file.clock)
 
-    def _seek(self, tick: int, margin: float) -> None:
+    def _seek(self, tick: int, target: int) -> None:
         """Moves to a key frame at or before `tick`, or starts again where that is not safe."""
         file, before = self._file, self._next or self._shown
         for more in (0.0, 2.0, 20.0):
-            target = tick - self._reorder - round((margin + more) / file.clock)
-            if target <= self._timing.start:
-                break
-            if not file.seek(target):
+            place = target - round(more / file.clock)
+            if place <= self._timing.start or not file.seek(place):
                 break
             frames = self._decode()
             # Frames before the first key frame may lean on pictures that the seek left out.

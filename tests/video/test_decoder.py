@@ -70,6 +70,18 @@ def test_seeking_gives_exactly_the_frames_of_the_sequential_pass(name, decoded):
         assert decoded[0] < 200  # 601 without seeks
 
 
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_a_seek_goes_to_the_last_key_frame_before_the_instant(after, decoded):
+    """With B-frames it is decoded before it is shown, and either may be what is asked for."""
+    options = {"g": "50", "keyint_min": "50", "sc_threshold": "0", "bf": "2"}
+    decoder = Decoder(encode(None, numbered_frames(300), fps=10, options=options))
+    for number in range(50 + after, 300, 50):
+        decoded[0] = 0
+        picture = decoder.to_rgb(decoder.frame_at(number / 10))
+        assert read_number(picture) == number
+        assert decoded[0] < 10  # 50 and more from the key frame before
+
+
 def test_a_transport_stream_is_sought_over_long_gaps(decoded):
     data = encode(None, numbered_frames(1500), fps=10, **FORMATS["mpegts-h264"])
     assert read_numbers(all_frames(data, Sampling(fps=0.02))) == [0, 500, 1000]
