@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from adacm2_jax.errors import UserError  # noqa: E402
-from adacm2_jax.files import write_text  # noqa: E402
+from adacm2_jax.files import check_writable, write_text  # noqa: E402
 from adacm2_jax.runs import app  # noqa: E402
 from benchmarks.suite import STUDIES  # noqa: E402
 
@@ -32,7 +32,8 @@ def main() -> None:
     parser.add_argument("--split", default="test")
     parser.add_argument("--output", default="docs/suite_tables.md")
     args = parser.parse_args()
-    root = pathlib.Path(args.workdir) / args.split
+    root, output = pathlib.Path(args.workdir) / args.split, pathlib.Path(args.output)
+    check_writable(output.parent, f"--output {args.output}")
     parts = [HEAD]
     for name, study in STUDIES.items():
         several = len(study.stages) > 1
@@ -46,8 +47,8 @@ def main() -> None:
             parts.append(section(name, found))
     if len(parts) == 1:
         raise UserError(f"{root} has no results; run make suite")
-    write_text(pathlib.Path(args.output), "\n".join(parts))
-    print(args.output)
+    write_text(output, "\n".join(parts))
+    print(output)
 
 
 def read(path: pathlib.Path) -> list[dict[str, str]]:

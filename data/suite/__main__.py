@@ -91,6 +91,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for flag in ("output", "task", "style"):
         if not getattr(args, flag):
             parser.error(f"--{flag} is empty; name one, or leave it out where it may be")
+    for flag, least in dict(frames=1, videos=0, questions=1, needle_frames=0, share=0).items():
+        if not getattr(args, flag) >= least:  # neither is `nan`
+            name = flag.replace("_", "-")
+            parser.error(f"--{name} {getattr(args, flag):g} must be {least} or more")
     if not args.videos and not args.sheet:
         parser.error("--videos 0 makes sheets alone; add --sheet")
     return args

@@ -244,6 +244,9 @@ def test_the_command_builds_sets_and_sheets(tmp_path, capsys):
         (["--task", ""], "--task is empty"),
         (["--style", ","], "--style is empty"),
         (["--videos", "0"], "--videos 0 makes sheets alone; add --sheet"),
+        (["--videos", "-1"], "--videos -1 must be 0 or more"),
+        (["--frames", "0"], "--frames 0 must be 1 or more"),
+        (["--share", "nan"], "--share nan must be 0 or more"),
     ],
 )
 def test_a_command_that_would_make_nothing_is_refused(tmp_path, capsys, flags, said):
