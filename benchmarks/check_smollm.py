@@ -73,8 +73,8 @@ class Stage(NamedTuple):
 #: Beside the tiny language model, then through SmolLM2.
 TINY = {
     "tiny_images": Stage("tiny_start", 1, 64, 800, 1e-3),
-    "tiny_first": Stage("tiny_images", 4, 32, 600, 1e-3),
-    "tiny_main": Stage("tiny_first", 16, 16, 200, 5e-4),
+    "tiny_first": Stage("tiny_images", 4, 32, 1200, 1e-3),
+    "tiny_main": Stage("tiny_first", 16, 16, 400, 5e-4),
 }
 SMOLLM = {
     "images": Stage("start", 1, 16, 250, 1e-3),
@@ -84,7 +84,7 @@ SMOLLM = {
 STAGES = TINY | SMOLLM
 #: What both networks are asked. SmolLM2 writes a space before a word, so the question ends with it.
 PROMPT = "Question: {question} Short answer: "
-VISION = 64, 1500, 3e-3  # images of a step, steps, learning rate
+VISION = 64, 4000, 3e-3  # images of a step, steps, learning rate
 #: Held-out videos of 64 frames, each with four questions; a layer's tokens, of 1,088.
 VIDEOS, FRAMES, TOKENS = 100, 64, 68
 MEMORIES = ("adacm2", "uniform", "random", "recent_frames", "merge", "full")
