@@ -118,6 +118,11 @@ class JsonlSource:
     def __getitem__(self, index: SupportsIndex) -> Example:
         return self._examples[operator.index(index)]
 
+    def clip(self, index: int) -> tuple[str | bytes, float | None, float | None]:
+        """The video of an example, and the part of it that counts."""
+        example = self._examples[index]
+        return example.video, example.start, example.end
+
     def __repr__(self) -> str:
         return f"JsonlSource({self.path!r}, require_answer={self.require_answer})"
 

@@ -20,8 +20,7 @@ from adacm2_jax.sharding import make_mesh
 from adacm2_jax.training.step import refuse_learning
 from data.feature_cache import cache
 from data.feature_cache.shards import Windows, missing_shards, shard_clips, write_shard
-from data.feature_cache.windows import LoadRun, Run, SharedVideo
-from data.jsonl import Example
+from data.feature_cache.windows import LoadRun, Parts, Run, SharedVideo
 from data.pipeline import clips, iter_batches, stack
 from data.sources import open_source
 from data.training_set import clip_loader, decoding_workers
@@ -46,20 +45,6 @@ class Job:
     def experiment(self) -> Experiment:
         """The experiment, typed again."""
         return experiments.read(json.loads(self.config))
-
-
-class Parts(Sequence[Example | Run]):
-    """What is decoded one after the other: examples of a source, by number, and runs."""
-
-    def __init__(self, source: Sequence[Example], parts: Sequence[int | Run]):
-        self._source, self._parts = source, parts
-
-    def __len__(self) -> int:
-        return len(self._parts)
-
-    def __getitem__(self, index):
-        part = self._parts[index]
-        return part if isinstance(part, Run) else self._source[part]
 
 
 class Worker:
@@ -101,9 +86,7 @@ class Worker:
         videos: list[int | SharedVideo] = []
         for clips_of_video in self._videos:
             if first in places:
-                examples = [self._first[clip] for clip in clips_of_video]
-                shared = len(examples) > 1
-                videos.append(self._shared(examples) if shared else examples[0])
+                videos += self._video([self._first[clip] for clip in clips_of_video])
             first += len(clips_of_video)
         parts: list[int | Run] = []
         for video in videos:
@@ -118,8 +101,13 @@ class Worker:
         finally:
             computed.close()
 
-    def _shared(self, examples: Sequence[int]) -> SharedVideo:
-        return SharedVideo([self._source[number] for number in examples], self._load)
+    def _video(self, examples: list[int]) -> Sequence[int | SharedVideo]:
+        """A video's clips, together where they share frames."""
+        if len(examples) > 1:
+            video = SharedVideo(self._source, examples, self._load)
+            if video.shared:
+                return [video]
+        return examples
 
     def _computed(self, parts: Parts) -> Generator[tuple[np.ndarray, bool], None, None]:
         """The features of clips and runs, and whether a run's file is cut short after it."""

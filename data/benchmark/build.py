@@ -4,9 +4,10 @@
 
 A record holds ``name``, ``video`` (the file's own bytes; of extracted frames a Motion-JPEG stream
 of the JPEGs' own bytes) and ``items``, all that is asked of it as a list in JSON. So a video is
-stored once, whatever is asked. Beside the records are ``items.json`` (how many items each record
-has) and ``report.json``: what is missing, cannot be decoded, is shorter than its annotation says,
-or is in several splits. Nothing is left out without a line there and a number on the terminal.
+stored once, whatever is asked. Beside the records are ``items.json`` (``start`` and ``end`` of
+each record's items) and ``report.json``: what is missing, cannot be decoded, is shorter than its
+annotation says, or is in several splits. Nothing is left out without a line there and a number on
+the terminal.
 
 Shards of some videos each are written by worker processes, beside their place and then renamed;
 the same command goes on after those that are there, and ends with the same bytes.
@@ -117,7 +118,7 @@ def build(
             missing, jobs = _jobs(root, name, split, asked, files, shard)
             results = _write_all(jobs, workers, f"{name}, {split}", runner, beam)
             made[split] = _told_of(asked, missing, results)
-            if not made[split]["counts"]:
+            if not made[split]["items"]:
                 first, why = next(iter(made[split]["report"]["corrupt"].items()))
                 raise DataError(
                     f"task {name}, split {split}: no video of it can be decoded; the first, "
@@ -126,7 +127,7 @@ def build(
         _describe(
             root,
             name,
-            {split: entry["counts"] for split, entry in made.items()},
+            {split: entry["items"] for split, entry in made.items()},
             {split: entry["shards"] for split, entry in made.items()},
         )
         report = {"leaks": _leaks({split: entry["names"] for split, entry in made.items()})}
@@ -171,7 +172,8 @@ def _told_of(asked: Sequence[Item], missing: list[str], results: list[list[dict]
         "mismatched": {line["name"]: line["mismatch"] for line in found if "mismatch" in line},
     }
     return {
-        "counts": [line["items"] for line in found if line.get("items")],
+        # Of shards of an earlier version only how many they are.
+        "items": [line.get("windows") or line["items"] for line in found if line.get("items")],
         "shards": [sum(bool(line.get("items")) for line in result) for result in results],
         "names": names,
         "report": report,
@@ -268,6 +270,7 @@ def write_shard(job: Job) -> None:
     try:
         for name, path, items in job.videos:
             line, video, items = check(name, path, items)
+            line["windows"] = [(item.start, item.end) for item in items]
             lines.append(line)
             if items:
                 record = {"name": name, "video": video, "items": _as_json(items)}
@@ -286,9 +289,7 @@ def _as_json(items: Sequence[Item]) -> str:
     return json.dumps([dataclasses.asdict(item) for item in items], ensure_ascii=False)
 
 
-def _describe(
-    root: Path, name: str, counts: dict[str, list[int]], shards: dict[str, list[int]]
-) -> None:
+def _describe(root: Path, name: str, items: dict[str, list], shards: dict[str, list[int]]) -> None:
     """Writes what TFDS reads a data set by, and the index."""
     import tensorflow_datasets as tfds
 
@@ -308,12 +309,12 @@ def _describe(
                 num_bytes=0,
                 filename_template=template.replace(split=split),
             )
-            for split in counts
+            for split in items
         ],
         filename_template=template,
         check_data=False,
     )
-    write_text(root / INDEX, json.dumps(counts))
+    write_text(root / INDEX, json.dumps(items))
 
 
 def told(root: Path) -> list[str]:

@@ -19,7 +19,8 @@ from adacm2_jax.tasks.videos import videos_in
 from adacm2_jax.video.jpegs import as_video
 from data.jsonl import Example
 
-#: Beside the records of a built data set: how many items each record has, by split.
+#: Beside the records of a built data set: ``start`` and ``end`` of each item of each record, by
+#: split (of older sets how many items a record has).
 INDEX = "items.json"
 _MOST_NAMED = 5
 
@@ -99,6 +100,11 @@ class TaskSource:
         path = self._files[item.video]
         return example_of(item, as_video(path) if path.is_dir() else str(path))
 
+    def clip(self, index: int) -> tuple[str, float | None, float | None]:
+        """The name of an example's video, and the part of it that counts; no file is opened."""
+        item = self._items[index]
+        return item.video, item.start, item.end
+
     def __repr__(self) -> str:
         name, annotations, videos, split = self._about
         return f"TaskSource({name!r}, {annotations!r}, {videos!r}, {split!r})"
@@ -130,8 +136,9 @@ class BuiltSource:
 
         root = Path(directory)
         try:
-            counts = json.loads((root / INDEX).read_text())
-            whole = all(isinstance(n, int) and n > 0 for each in counts.values() for n in each)
+            index = json.loads((root / INDEX).read_text())
+            counts = {split: list(map(_count, entries)) for split, entries in index.items()}
+            whole = all(count > 0 for each in counts.values() for count in each)
         except (OSError, ValueError, AttributeError, TypeError):
             whole = False
         if not whole:
@@ -144,7 +151,7 @@ class BuiltSource:
                 f"{printable(str(directory))}: no split {split!r}; it has {', '.join(counts)}"
             )
         self._root, self._split = root, split
-        self._ends = np.cumsum(counts[split])
+        self._ends, self._windows = np.cumsum(counts[split]), index[split]
         try:
             builder = tfds.builder_from_directory(str(root))
             self._records: Any = builder.as_data_source(split)
@@ -162,17 +169,30 @@ class BuiltSource:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
+    def _record(self, place: int) -> tuple[int, int]:
+        """The record of an item, and the place of the record's first item."""
+        number = int(np.searchsorted(self._ends, place, side="right"))
+        return number, int(self._ends[number - 1]) if number else 0
+
+    def clip(self, index: int) -> tuple[int | str, float | None, float | None]:
+        """The record of an example, and the part of its video that counts; none is read."""
+        number, first = self._record(index)
+        windows = self._windows[number]
+        if isinstance(windows, int):  # nothing is known: a video of its own
+            return f"item {index}", None, None
+        start, end = windows[index - first]
+        return number, start, end
+
     def __getitem__(self, index: SupportsIndex) -> Example:
         place = operator.index(index)
         if not 0 <= place < len(self):
             raise IndexError(index)
-        number = int(np.searchsorted(self._ends, place, side="right"))
+        number, first = self._record(place)
         try:
             record = self._records[number]
             items = json.loads(record["items"])
         except (RuntimeError, TypeError, ValueError) as error:  # array_record's, or nothing is read
             raise self._damaged(error) from error
-        first = int(self._ends[number - 1]) if number else 0
         if first + len(items) != self._ends[number]:
             raise self._damaged(f"record {number} has {len(items)} items, other than {INDEX} says")
         return example_of(item_of(items[place - first]), record["video"])
@@ -199,6 +219,13 @@ class BuiltSource:
         files = sorted(path for path in self._root.iterdir() if path.is_file())
         stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         return f"{self!r} {stats}"
+
+
+def _count(entry: int | list[list[float | None]]) -> int:
+    """Items of a record, from what the index says of it."""
+    if isinstance(entry, int):
+        return entry
+    return len([(start, end) for start, end in entry])
 
 
 def item_of(fields: dict[str, Any]) -> Item:

@@ -51,14 +51,15 @@ def clips_of(source: Sequence[Example]) -> tuple[list[int], np.ndarray]:
 
     Returns:
       The example that each clip is first seen in, and the clip of every example, int64[examples].
-      Videos that are given as bytes are taken to be different from each other.
+      Of a source that has no ``clip(index)`` each example is taken to be another video.
     """
-    if not isinstance(source, JsonlSource):
+    clip_at = getattr(source, "clip", None)
+    if clip_at is None:
         return list(range(len(source))), np.arange(len(source))
     numbers: dict[tuple, int] = {}
     first, of = [], []
-    for index, example in enumerate(source):
-        clip = example.video, example.start, example.end
+    for index in range(len(source)):
+        clip = clip_at(index)
         if clip not in numbers:
             numbers[clip] = len(first)
             first.append(index)
@@ -72,11 +73,12 @@ def videos_of(source: Sequence[Example]) -> list[list[int]]:
     Their order, video by video, is that of the clips in the cache.
     """
     first, _ = clips_of(source)
-    if not isinstance(source, JsonlSource):
+    clip_at = getattr(source, "clip", None)
+    if clip_at is None:
         return [[clip] for clip in range(len(first))]
     found: dict[Any, list[int]] = {}
     for clip, index in enumerate(first):
-        found.setdefault(source[index].video, []).append(clip)
+        found.setdefault(clip_at(index)[0], []).append(clip)
     return list(found.values())
 
 

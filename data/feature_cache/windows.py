@@ -31,12 +31,30 @@ class Run:
     """Consecutive instants of a video, no more than a clip has.
 
     Attributes:
-      video: its path.
+      example: of the video, by its number in the source.
       times: float64[n], seconds.
+      video: its path, or its bytes; None where it is only named.
     """
 
-    video: str
+    example: int
     times: np.ndarray
+    video: str | bytes | None = None
+
+
+class Parts(Sequence[Example | Run]):
+    """What is decoded one after the other: examples of a source, by number, and runs."""
+
+    def __init__(self, source: Sequence[Example], parts: Sequence[int | Run]):
+        self._source, self._parts = source, parts
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __getitem__(self, index: Any) -> Any:
+        part = self._parts[index]
+        if isinstance(part, Run):
+            return dataclasses.replace(part, video=self._source[part.example].video)
+        return self._source[part]
 
 
 class LoadRun(LoadClip):
@@ -59,7 +77,7 @@ class LoadRun(LoadClip):
         )
         frames[: len(found)] = found
         if error:
-            logging.warning("%s: %s", printable(run.video), error)
+            logging.warning("%s", error)
         return {
             "index": np.uint32(index),
             "frames": frames,
@@ -75,31 +93,37 @@ class SharedVideo:
 
     Attributes:
       runs: what is to be read.
+      shared: whether windows have instants in common; else they are better read as they are.
 
     Args:
-      clips: an example of each window.
+      source: of the clips, with a ``clip(index)``.
+      examples: one of each window, by their numbers.
       load: how clips are read.
     """
 
-    def __init__(self, clips: Sequence[Example], load: LoadClip):
-        video = clips[0].video
-        windows = [(clip.start, clip.end) for clip in clips]
+    def __init__(self, source: Any, examples: Sequence[int], load: LoadClip):
+        windows = [source.clip(number)[1:] for number in examples]
         try:
+            video = source[examples[0]].video
             found = window_times(video, load.sampling, windows, load.on_truncated)
         except DataError as error:
-            found = [error] * len(clips)
+            found = [error] * len(examples)
         self._times, self._cut_is_error = [], load.on_truncated == "error"
-        for clip, times in zip(clips, found, strict=True):
+        errors = {}
+        for number, times in zip(examples, found, strict=True):
             if isinstance(times, DataError):
-                logging.warning("skipped %s: %s", printable(clip.id), times)
-                times = np.zeros(0)
+                errors[number], times = times, np.zeros(0)
             self._times.append(times[: load.num_frames])
-        self._all = np.unique(np.concatenate(self._times))
+        every = np.concatenate(self._times)
+        self._all = np.unique(every)
         if len(self._all):
             self._all = self._all[np.diff(self._all, prepend=-np.inf) > _SAME]
+        self.shared = len(self._all) < len(every) or len(errors) == len(examples)
+        for number, error in errors.items() if self.shared else ():
+            logging.warning("skipped %s: %s", printable(source[number].id), error)
         self._length = load.num_frames
         starts = range(0, len(self._all), self._length)
-        self.runs = [Run(video, self._all[start : start + self._length]) for start in starts]
+        self.runs = [Run(examples[0], self._all[start : start + self._length]) for start in starts]
 
     def windows(self, computed: Iterator[tuple[np.ndarray, bool]]) -> Windows:
         """What ``write_shard`` takes.

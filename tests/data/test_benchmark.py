@@ -19,6 +19,9 @@ from adacm2_jax.video.frames import Sampling, read_clip
 from adacm2_jax.video.jpegs import as_video
 from data.benchmark import build as builder
 from data.benchmark.source import BuiltSource, TaskSource
+from data.feature_cache.cache import videos_of
+from data.feature_cache.windows import LoadRun, SharedVideo
+from tests.data import test_windows as windows
 from tests.small import ROOT
 from tests.video.make_videos import encode
 
@@ -88,6 +91,46 @@ def test_every_question_comes_back_with_its_video(lvu, built):
     assert source[0].video == source[1].video == (lvu / "videos/tt001.mp4").read_bytes()
     with pytest.raises(IndexError):
         source[len(source)]
+
+
+@pytest.mark.parametrize("kind", ["annotation", "built"])
+def test_windows_of_a_film_share_frames_in_a_cache_of_features(lvu, built, tmp_path, kind):
+    if kind == "built":
+        source, frames, stored = BuiltSource(built, "test"), [4, 4, 2, 1, 2, 1], 10
+    else:  # what lasts too short or is damaged has no frame
+        where = str(lvu), str(lvu / "videos")
+        source, stored = TaskSource("lvu_scene", *where, "test", allow_missing=True), 8
+        frames = [4, 4, 2, 1] + [0] * (len(source) - 4)
+    parts = [source.clip(number)[1:] for number in range(len(source))]
+    assert parts == [(each.start, each.end) for each in source]
+    every_20_seconds = Sampling("fps", fps=0.05)
+    dataset, index = windows.write(tmp_path, source, sampling=every_20_seconds)
+    assert windows.check(dataset, source, sampling=every_20_seconds) == frames
+    assert index.figures["frames"] == sum(frames) and index.figures["stored"] == stored
+
+
+def test_the_windows_of_lvu_share_the_frames_that_ma_lmm_takes(built):
+    source = BuiltSource(built, "test")
+    for grid, runs in (
+        (10.0, [100, 20]),
+        (0.0, [100, 100]),
+    ):  # every 10th frame; the middles of 0.991 s
+        load = LoadRun(Sampling("uniform", num_frames=100, grid=grid), 100, 16, False, "error")
+        video = SharedVideo(source, [0, 1], load)
+        assert [len(run.times) for run in video.runs] == runs
+        assert video.shared == (grid == 10.0)
+
+
+def test_of_an_older_built_set_every_question_has_a_video_of_its_own(lvu, tmp_path):
+    built = build(lvu, tmp_path)
+    index = json.loads((built / "items.json").read_text())
+    older = {split: list(map(len, records)) for split, records in index.items()}
+    newer = list(BuiltSource(built, "test"))
+    assert len(videos_of(BuiltSource(built, "test"))) == 4
+    (built / "items.json").write_text(json.dumps(older))
+    source = BuiltSource(built, "test")
+    assert list(source) == newer
+    assert videos_of(source) == [[number] for number in range(len(newer))]
 
 
 def test_what_is_wrong_is_listed_and_counted(built):
@@ -172,7 +215,8 @@ def test_killed_builds_end_with_the_same_bytes(lvu, built, tmp_path):
     command += ["--split", "train", "--split", "test"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     started = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
-    while not list(tmp_path.rglob("*train.array_record*")) and started.poll() is None:
+    place = tmp_path / "lvu_scene" / builder.VERSION
+    while not list(place.glob("*train.array_record*")) and started.poll() is None:
         time.sleep(0.01)
     os.killpg(started.pid, signal.SIGKILL)
     started.wait()

@@ -16,7 +16,7 @@ from data.feature_cache.cache import (
     write_manifest,
 )
 from data.feature_cache.shards import read_index, shard_path, write_shard
-from data.feature_cache.windows import LoadRun, SharedVideo
+from data.feature_cache.windows import LoadRun, Parts, SharedVideo
 from data.jsonl import JsonlSource
 from data.pipeline import LoadClip, clips
 from tests.video.make_videos import encode, numbered_frames
@@ -26,8 +26,10 @@ SHAPE = (FRAMES, SIZE, SIZE * 3)
 VISION = {"width": SIZE * 3}
 
 
-def loader(kind, on_truncated: str = "error"):
-    sampling = Sampling("uniform", num_frames=FRAMES)
+UNIFORM = Sampling("uniform", num_frames=FRAMES)
+
+
+def loader(kind, on_truncated: str = "error", sampling: Sampling = UNIFORM):
     return kind(sampling, FRAMES, SIZE, False, on_truncated)
 
 
@@ -47,9 +49,9 @@ def as_features(row) -> np.ndarray:
     return frames.reshape(-1, *SHAPE[1:])
 
 
-def write(directory, source: JsonlSource, on_truncated: str = "error"):
+def write(directory, source, on_truncated: str = "error", sampling: Sampling = UNIFORM):
     """A cache of one shard; returns its data set and its index."""
-    load = loader(LoadRun, on_truncated)
+    load = loader(LoadRun, on_truncated, sampling)
     manifest = with_key(
         make_manifest(source, load, VISION, dtype="float32", shards=1, shape=SHAPE, computed={})
     )
@@ -58,23 +60,24 @@ def write(directory, source: JsonlSource, on_truncated: str = "error"):
 
     def features():
         for video in videos_of(source):
-            examples = [source[first[clip]] for clip in video]
+            examples = [first[clip] for clip in video]
             if len(examples) == 1:
-                yield as_features(clips(examples, load)[0])
+                yield as_features(clips(Parts(source, examples), load)[0])
                 continue
-            shared = SharedVideo(examples, load)
-            rows = (clips([run], load)[0] for run in shared.runs)
+            shared = SharedVideo(source, examples, load)
+            rows = (clips(Parts(source, [run]), load)[0] for run in shared.runs)
             yield shared.windows((as_features(row), row["cut"]) for row in rows)
 
     write_shard(directory, manifest, 0, features())
     finish(directory, manifest)
     index = read_index(shard_path(directory, manifest, 0), manifest, 0)
-    return open_features(directory, source, loader(LoadClip, on_truncated), VISION, SHAPE), index
+    load = loader(LoadClip, on_truncated, sampling)
+    return open_features(directory, source, load, VISION, SHAPE), index
 
 
-def check(dataset, source, on_truncated: str = "error") -> list[int]:
+def check(dataset, source, on_truncated: str = "error", sampling: Sampling = UNIFORM) -> list[int]:
     """Every clip has what it has when it is read by itself; returns their numbers of frames."""
-    alone = clips(source, loader(LoadClip, on_truncated))
+    alone = clips(source, loader(LoadClip, on_truncated, sampling))
     for number in range(len(source)):
         row, expected = dataset[number], alone[number]
         assert np.array_equal(row["valid"], expected["valid"])
