@@ -1,9 +1,6 @@
-"""What the benchmarks share: paired timing of two programs, the machine's peak, and the report."""
+"""What the benchmarks share: paired timing of two programs, and the machine's peak."""
 
-import json
 import os
-import platform
-import re
 import statistics
 import sys
 import time
@@ -18,6 +15,7 @@ THREADS = int(os.environ.setdefault("NPROC", "2"))
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+from _report import machine  # noqa: E402
 
 try:
     import torch
@@ -79,27 +77,14 @@ def peak(rounds: int = 8) -> dict:
     return {name: 2 * PEAK_SIZE**3 / 1e9 / time for name, time in best.items()}
 
 
-def machine() -> dict:
-    """Where the numbers come from."""
-    cpu, info = platform.processor(), Path("/proc/cpuinfo")
-    if info.exists():
-        cpu = re.search(r"model name\s*: (.*)|$", info.read_text())[1] or cpu
-    versions = dict(jax=jax.__version__, torch=torch.__version__, numpy=np.__version__)
-    place = dict(cpu=cpu, cores=os.cpu_count(), threads=THREADS, python=platform.python_version())
-    return place | versions | dict(clock=CLOCK.__name__)
-
-
 def header() -> dict:
     """Measures and prints what every benchmark begins with; its rows are to be filled in."""
-    results = dict(machine=machine(), peak=peak(), rows=[])
+    results = dict(
+        machine=machine() | dict(threads=THREADS, clock=CLOCK.__name__), peak=peak(), rows=[]
+    )
     print(", ".join(f"{key} {value}" for key, value in results["machine"].items()))
     print("matmul peak: {jax:.0f} GFLOP/s (jax), {torch:.0f} (torch)".format(**results["peak"]))
     return results
-
-
-def ratio(row: dict) -> str:
-    """A row's ratio with its quartiles, for the table."""
-    return f"{row['ratio']:.2f} ({row['low']:.2f}-{row['high']:.2f})"
 
 
 def shares(row: dict, peaks: dict) -> str:
@@ -107,12 +92,3 @@ def shares(row: dict, peaks: dict) -> str:
     ours = row["gflop"] / row["ours"] / peaks["jax"]
     theirs = row["gflop"] / row["theirs"] / peaks["torch"]
     return f"ours {ours:4.0%}, torch {theirs:4.0%}"
-
-
-def write_json(path: str | None, results: dict) -> None:
-    """Writes the results where ``--json`` says, whole or not at all."""
-    if path is None:
-        return
-    partial = Path(f"{path}.partial")
-    partial.write_text(json.dumps(results, indent=2) + "\n")
-    partial.replace(path)

@@ -14,6 +14,7 @@ import functools
 import unittest.mock
 
 import _paired  # before JAX: it sets the number of threads
+import _report
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -101,7 +102,7 @@ def main() -> None:
         results["rows"].append(row)
         print(
             f"{tokens:24} {row['ours'] * 1e3:8.1f} {row['theirs'] * 1e3:11.1f} "
-            f" {_paired.ratio(row):>17}",
+            f" {_report.ratio(row):>17}",
             flush=True,
         )
     ids = jnp.asarray(np.random.default_rng(1).integers(0, CONFIG.vocab_size, (VIDEOS, PROMPT)))
@@ -111,9 +112,9 @@ def main() -> None:
     results["rows"].append(row)
     print(
         f"{BEAMS} beams, {VIDEOS} videos: {row['ours'] * 1e3:.1f} ms, with a prompt a beam "
-        f"{row['theirs'] * 1e3:.1f} ms, {_paired.ratio(row)}"
+        f"{row['theirs'] * 1e3:.1f} ms, {_report.ratio(row)}"
     )
-    _paired.write_json(args.json, results)
+    _report.write_json(args.json, results)
 
 
 if __name__ == "__main__":

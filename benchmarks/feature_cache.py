@@ -14,6 +14,7 @@ import pathlib
 import tempfile
 
 import _paired  # before JAX: it sets the number of threads
+import _report
 import jax
 
 from adacm2_jax.commands import prepare
@@ -101,8 +102,8 @@ def main() -> None:
         }
         results["rows"].append(row | rates | dict(vit=name, model=json.loads(job.config)["model"]))
         speeds = f"{rates['pixels']:6.2f} /s  {rates['features']:6.2f} /s"
-        print(f"{name:34} {speeds}   {_paired.ratio(row)}", flush=True)
-    _paired.write_json(args.json, results)
+        print(f"{name:34} {speeds}   {_report.ratio(row)}", flush=True)
+    _report.write_json(args.json, results)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import pathlib
 import statistics
 import tempfile
 
-import _paired
+import _report
 from loader import BATCH, FRAMES, Side
 
 #: Clips a second and host, cores of such a host.
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--stored", type=int, default=16, help="clips in the cache")
     parser.add_argument("--json")
     args = parser.parse_args()
-    results = dict(machine=_paired.machine(), rows=[])
+    results = dict(machine=_report.machine(), rows=[])
     print(", ".join(f"{key} {value}" for key, value in results["machine"].items()))
     cores = results["machine"].get("cores", 2)
     rates = {"a whole host": args.clips, f"{cores} of {CORES} cores": args.clips * cores / CORES}
@@ -67,7 +67,7 @@ def main() -> None:
                     text += f"  {side} {row[side]:.1%} ({row[f'{side}_memory'] / 1e9:.2f} GB)"
                 results["rows"].append(row)
                 print(text, flush=True)
-    _paired.write_json(args.json, results)
+    _report.write_json(args.json, results)
 
 
 if __name__ == "__main__":

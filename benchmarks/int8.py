@@ -10,6 +10,7 @@ import dataclasses
 import functools
 
 import _paired  # before JAX: it sets the number of threads
+import _report
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -64,10 +65,10 @@ def main() -> None:
         results["rows"].append(row)
         print(
             f"{kind:7} {row['bytes'] / 1e6:14.0f} {row['ours'] * 1e3:8.1f} "
-            f"{row['theirs'] * 1e3:11.1f}  {_paired.ratio(row):>17}",
+            f"{row['theirs'] * 1e3:11.1f}  {_report.ratio(row):>17}",
             flush=True,
         )
-    _paired.write_json(args.json, results)
+    _report.write_json(args.json, results)
 
 
 if __name__ == "__main__":

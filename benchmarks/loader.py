@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 
-import _paired
+import _report
 
 HERE = pathlib.Path(__file__).resolve().parent
 FRAMES, BATCH = 100, 4
@@ -83,22 +83,26 @@ def show(name: str, unit: str, row: dict, other: str) -> None:
     """A row as text."""
     text = f"{name:26} {row['ours']:8.2f} {unit} a core-second"
     if "ratio" in row:
-        text += f"  {other} {row['theirs']:8.2f}  ours : {other} {_paired.ratio(row)}"
+        text += f"  {other} {row['theirs']:8.2f}  ours : {other} {_report.ratio(row)}"
     print(text, flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--beside", type=pathlib.Path, help="another checkout")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--clips", type=int, default=8, help="of a cache of features")
-    parser.add_argument("--seconds", type=int, default=30, help="of a video")
+    parser.add_argument("--rounds", type=int, default=5, help="of each row; default 5")
+    parser.add_argument("--clips", type=int, default=8, help="of a cache of features; default 8")
+    parser.add_argument("--seconds", type=int, default=30, help="of a video; default 30")
     parser.add_argument("--only", default="", help="rows whose name has this")
-    parser.add_argument("--json")
+    parser.add_argument("--json", help="file for the results, which adacm2 plan --loader reads")
     args = parser.parse_args()
     if args.rounds < 2:
         parser.error(f"--rounds {args.rounds}: quartiles need 2 or more")
-    results = dict(machine=_paired.machine(), rows=[])
+    if args.clips < BATCH or args.seconds < 1:
+        parser.error(
+            f"--clips {args.clips} --seconds {args.seconds}: at least {BATCH}, a batch, and 1"
+        )
+    results = dict(machine=_report.machine(), rows=[])
     print(", ".join(f"{key} {value}" for key, value in results["machine"].items()))
     with tempfile.TemporaryDirectory() as made, contextlib.ExitStack() as stack:
         sides = [Side(path) for path in [HERE.parent, args.beside] if path]
@@ -142,7 +146,7 @@ def main() -> None:
                 args.rounds,
             )
             note(name, "frames", row, "bare")
-    _paired.write_json(args.json, results)
+    _report.write_json(args.json, results)
 
 
 if __name__ == "__main__":

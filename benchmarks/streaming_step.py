@@ -10,6 +10,7 @@ import argparse
 import itertools
 
 import _paired  # before JAX: it sets the number of threads
+import _report
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -171,11 +172,11 @@ def main() -> None:
             print(
                 f"{preset:6} {row['live']:5} {chunk:3} {style:6} {gflop:6.1f} "
                 f"{row['ours'] * 1e3:8.1f} "
-                f"{row['theirs'] * 1e3:9.1f}  {_paired.ratio(row):>17}"
+                f"{row['theirs'] * 1e3:9.1f}  {_report.ratio(row):>17}"
                 f"  {_paired.shares(row, results['peak'])}",
                 flush=True,
             )
-    _paired.write_json(args.json, results)
+    _report.write_json(args.json, results)
 
 
 if __name__ == "__main__":

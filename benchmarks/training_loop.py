@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import _paired  # before JAX: it sets the number of threads
+import _report
 import jax
 import numpy as np
 from _device import Device, Reported, State, callbacks
@@ -136,10 +137,10 @@ def main() -> None:
         processes = "several" if several else "one"
         print(
             f"{reader:22} {processes:10} {row['ours_waited']:7.1%} {row['theirs_waited']:7.1%}  "
-            f"{_paired.ratio(row)}",
+            f"{_report.ratio(row)}",
             flush=True,
         )
-    _paired.write_json(args.json, results)
+    _report.write_json(args.json, results)
 
 
 if __name__ == "__main__":

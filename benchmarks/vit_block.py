@@ -8,6 +8,7 @@ takes: layer norms, softmax, GELU, biases, residuals and moving data.
 import argparse
 
 import _paired  # before JAX: it sets the number of threads
+import _report
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -133,11 +134,11 @@ def main() -> None:
         print(
             f"{batch:6} {row['gflop']:6.1f} {milliseconds['ours']:8.1f} "
             f"({milliseconds['ours_products']:.1f}) {milliseconds['theirs']:14.1f} "
-            f"({milliseconds['theirs_products']:.1f}) {_paired.ratio(row):>22}"
+            f"({milliseconds['theirs_products']:.1f}) {_report.ratio(row):>22}"
             f" {_paired.shares(row, results['peak'])}",
             flush=True,
         )
-    _paired.write_json(args.json, results)
+    _report.write_json(args.json, results)
 
 
 if __name__ == "__main__":

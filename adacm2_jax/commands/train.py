@@ -97,6 +97,8 @@ def train_and_evaluate(
     check_step(config.train.step, learned, config.train.num_frames)
     if config.data.features:
         refuse_learning(learned)
+    if local := config.data.features_local:
+        check_writable(local, f"data.features_local = {local}")
     if config.init_from and not saved_steps(root):
         check_start(config.init_from, config.model, abstract, config.init_missing)
 
@@ -138,6 +140,7 @@ def train_and_evaluate(
         place = {"of": len(dataset), "source": source.identity()}
         if checkpoints.latest_step is None:
             state = _start(config, abstract, optimizer, mesh)
+            _check_features(config, state, root, resumed)
             checkpoints.save_frozen(state.frozen, config.init_from)
         else:
             state, before = _resume(config, abstract, optimizer, mesh, root, checkpoints)
@@ -145,8 +148,7 @@ def train_and_evaluate(
             rows.seek(before["examples"])
             if is_main():
                 print(f"resumed {workdir} at step {int(state.step)}", flush=True)
-        if config.data.features:
-            check_weights(config.data.features, describe_vision(config.model, state.params))
+            _check_features(config, state, root, resumed)
 
         # --- The loop -----------------------------------------------------------------------------
         writer = MetricWriter(root, int(state.step))
@@ -278,6 +280,20 @@ def _start(config: Experiment, abstract: dict, optimizer: Any, mesh: Mesh) -> Tr
     else:
         params = join_params(fresh_params(config.model, abstract, config.seed), {})
     return init_train_state(*split_params(params, config.optim.groups), optimizer, mesh)
+
+
+def _check_features(
+    config: Experiment, state: TrainState, root: pathlib.Path, resumed: bool
+) -> None:
+    """Refuses features of another ViT, and leaves no run behind that had not begun."""
+    if not config.data.features:
+        return
+    try:
+        check_weights(config.data.features, describe_vision(config.model, state.params))
+    except UserError:
+        if not resumed and is_main():
+            (root / "config.json").unlink(missing_ok=True)
+        raise
 
 
 def _resume(

@@ -53,8 +53,8 @@ def define_flags() -> None:
     flags.DEFINE_string("topology", None, "Such as v5e:4x4, v5p:4x4x4, h100, a100-40 or h100:8.")
     flags.DEFINE_string("step", "all", "train, stream, decode, several with commas, or all.")
     flags.DEFINE_string("mesh", None, "Devices along data and model, such as 8,2 or -1,1.")
-    flags.DEFINE_float("peak", 0.5, "Share of the devices' peak that training reaches.", 0.01, 1)
-    flags.DEFINE_string("loader", "", "What a core reads here: of benchmarks/loader.py --json.")
+    flags.DEFINE_float("peak", 0.5, "Share of the devices' peak that training reaches, 0.01 to 1.")
+    flags.DEFINE_string("loader", "", "What a host's core reads: of benchmarks/loader.py --json.")
     flags.DEFINE_boolean("json", False, "Print JSON.")
     flags.DEFINE_boolean(
         "largest", True, "Also find the largest batch; --nolargest spares minutes."
@@ -70,6 +70,8 @@ def run() -> int:
         if getattr(given, name) is None:
             example = {"config": "configs/lvu.py", "topology": "v5e:4x4"}[name]
             raise UserError(f"--{name} is missing; give one, such as --{name} {example}")
+    if not 0.01 <= given.peak <= 1:
+        raise UserError(f"--peak {given.peak:g} must be 0.01 to 1, a share of the devices' peak")
     topology, experiment = parse_topology(given.topology), read(given.config)
     loader = feed.read_loader(given.loader) if given.loader else {}
     shape = experiment.mesh if given.mesh is None else _mesh_shape(given.mesh)

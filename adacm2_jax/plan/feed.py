@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -62,16 +63,20 @@ def read_loader(path: str) -> dict[str, float]:
     Raises:
       UserError: if it is no such file.
     """
+    again = "make it by python benchmarks/loader.py --json FILE"
     try:
         rows = json.loads(pathlib.Path(path).read_text())["rows"]
-        return {row["name"]: float(row["ours"] * row.get("bytes", 1)) for row in rows}
+        rates = {row["name"]: row["ours"] * row.get("bytes", 1) for row in rows}
     except OSError as error:
         raise UserError(f"--loader {path}: {error.strerror}; correct the path") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"--loader {path} is damaged or something else ({type(error).__name__}: {error}); make "
-            "it by python benchmarks/loader.py --json FILE"
-        ) from None
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise UserError(f"--loader {path} is no measurement of the loader; {again}") from None
+    if not rates:
+        raise UserError(f"--loader {path} has no rows; {again}")
+    for name, rate in rates.items():
+        if not isinstance(rate, int | float) or not 0 < rate < math.inf:
+            raise UserError(f"--loader {path}: {name} at {rate!r} a core-second; {again}")
+    return rates
 
 
 def render(eaten: dict, loader: dict[str, float]) -> str:

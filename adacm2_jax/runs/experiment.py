@@ -6,6 +6,7 @@ those of the classes here. ``config.json`` of a run is :func:`to_dict` of its ex
 """
 
 import dataclasses
+import os
 from typing import Any
 
 import jax
@@ -265,6 +266,19 @@ class Experiment:
                     f"model.{field} is 'float16', which is for evaluation: gradients underflow in "
                     "it; train in bfloat16"
                 )
+        data = self.data
+        if data.features_local and not data.features:
+            raise UserError(
+                f"data.features_local = {data.features_local} is for features; set data.features, "
+                "or leave it out"
+            )
+        if data.features_local and os.path.realpath(data.features_local) == os.path.realpath(
+            data.features
+        ):
+            raise UserError(
+                f"data.features_local = {data.features_local} is data.features itself; name a "
+                "directory of this machine, or leave it out"
+            )
         self.clip_sampling  # noqa: B018 (it is checked)
         self.memories()
 

@@ -130,7 +130,7 @@ def make_manifest(
     """
     if load.jitter:
         raise DataError(
-            "data.features with data.jitter: every epoch would see the same instants; unset one"
+            "data.jitter = True: features are of the same instants in every epoch; unset it"
         )
     if dtype not in DTYPES:
         raise DataError(f"dtype {dtype!r} is unknown; features are kept as {', '.join(DTYPES)}")
@@ -287,9 +287,10 @@ def open_features(
     check_fit(directory, manifest, {name: wanted[name] for name in _COMPARED})
     missing = missing_shards(directory, manifest)
     if missing or "done" not in manifest:
+        what = f"{len(missing)} of {manifest['shards']} shards are missing"
         raise DataError(
-            f"data.features = {directory}: {len(missing)} of {manifest['shards']} shards are "
-            "missing; run adacm2 prepare again, it goes on with them"
+            f"data.features = {directory}: {what if missing else 'adacm2 prepare did not finish'}; "
+            "run adacm2 prepare again, it goes on where it was"
         )
     order = np.concatenate(videos_of(source))
     places = np.argsort(order)[clips_of(source)[1]]

@@ -98,7 +98,7 @@ class Shard:
     """
 
     def __init__(self, path: pathlib.Path, index: Index, frame: int, local: pathlib.Path | None):
-        self._path, self._index, self._frame = path, index, frame
+        self._path, self._index, self._frame, self._place = path, index, frame, local
         self._file = self._local = -1  # what __del__ finds if one cannot be opened
         self._file = os.open(path, os.O_RDONLY)
         if local is not None:
@@ -142,10 +142,10 @@ class Shard:
             if disk.f_bavail > disk.f_blocks * _LEFT_FREE:
                 os.pwrite(self._local, frame, place)
                 return
+            why = "the disk is nearly full"
         except OSError as error:
-            logging.warning("data.features_local: %s; no more is kept there", error.strerror)
-        else:
-            logging.warning("data.features_local: the disk is nearly full; no more is kept there")
+            why = error.strerror
+        logging.warning("data.features_local %s: %s; no more is kept there", self._place, why)
         self._keep = lambda place, frame: None  # type: ignore[method-assign]
 
     def __del__(self) -> None:

@@ -6,7 +6,7 @@ bytes are its scale, a float32, with which its largest absolute value is 127. Th
     uint64[N]         the sum of each frame's bytes, see frame_sum
     uint32[clips]     where each clip's frames end in the next list
     uint32[…]         numbers of the frames of each clip in turn
-    JSON              the shard's figures, with the key of the manifest that it belongs to
+    JSON              the shard's figures, with its number and the key of its manifest
     48 bytes          SHA-256 of all that; the length of the JSON, uint64; a mark
 
 All numbers are little-endian. So a clip is read straight to where it is wanted, and what is read is
@@ -199,7 +199,7 @@ def write_shard(
                     writer.clips.append(writer.add(given))
             if len(writer.clips) != len(shard_clips(manifest, shard)):
                 raise ValueError(f"shard {shard} was given {len(writer.clips)} clips")
-            writer.finish(manifest["key"])
+            writer.finish(manifest["key"], shard)
             os.fsync(file.fileno())
         beside.replace(path)
     except OSError as error:
@@ -235,10 +235,11 @@ class _Writer:
             self._error.add(unpack(kept, features.dtype.name), features)
         return np.arange(self.frames - len(features), self.frames)
 
-    def finish(self, key: str) -> None:
+    def finish(self, key: str, shard: int) -> None:
         """Writes the index."""
         figures = {
             "key": key,
+            "shard": shard,
             "stored": self.frames,
             "clips": len(self.clips),
             "frames": sum(map(len, self.clips)),
@@ -290,6 +291,8 @@ def read_index(path: pathlib.Path, manifest: dict[str, Any], shard: int) -> Inde
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
+            if size < _TRAILER.size:
+                raise ValueError(f"it has {size} bytes")
             file.seek(max(0, size - _TRAILER.size))
             digest, length, mark = _TRAILER.unpack(file.read())
             if mark != _MARK:
@@ -306,6 +309,8 @@ def read_index(path: pathlib.Path, manifest: dict[str, Any], shard: int) -> Inde
         raise damaged(path, str(error)) from None
     if hashlib.sha256(index).digest() != digest:
         raise damaged(path, "its index has changed")
+    if figures.get("shard", shard) != shard:
+        raise damaged(path, f"it is shard {figures['shard']} of the cache")
     if figures["key"] != manifest["key"] or counts[1] != len(shard_clips(manifest, shard)):
         raise DataError(f"{path} belongs to another cache; remove it and prepare it anew")
     if start != counts[0] * frame:

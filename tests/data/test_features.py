@@ -246,7 +246,7 @@ def test_a_video_that_changed_is_noticed(lines, tmp_path):
         ),
         (dict(vision=VISION | {"dtype": "float32"}), r"vision\.dtype is 'bfloat16' there"),
         (dict(shape=(4, 2, 6)), r"shape is \[4, 2, 5\] there, \[4, 2, 6\] here"),
-        (dict(load=dataclasses.replace(LOAD, jitter=True)), "every epoch would see the same"),
+        (dict(load=dataclasses.replace(LOAD, jitter=True)), "of the same instants in every epoch"),
     ],
 )
 def test_another_experiment_is_refused_by_name(source, tmp_path, change, named):
@@ -278,6 +278,22 @@ def test_no_cache_and_half_a_cache_are_refused(source, tmp_path):
     shard_path(tmp_path, manifest, 1).unlink()
     assert missing_shards(tmp_path, manifest) == [1]
     with pytest.raises(DataError, match=r"1 of 3 shards are missing; run adacm2 prepare again"):
+        opened(tmp_path, source)
+
+
+def test_shards_that_changed_places_and_preparing_that_did_not_end_are_refused(source, tmp_path):
+    manifest = write(tmp_path, source, shards=4)  # of five clips each
+    paths = [shard_path(tmp_path, manifest, shard) for shard in (1, 2)]
+    whole = paths[1].read_bytes()
+    paths[1].write_bytes(paths[0].read_bytes())
+    with pytest.raises(DataError, match=r"00002-of-00004\.frames is damaged \(it is shard 1 of"):
+        opened(tmp_path, source)
+    paths[1].write_bytes(b"")
+    with pytest.raises(DataError, match=r"is damaged \(it has 0 bytes\)"):
+        opened(tmp_path, source)
+    paths[1].write_bytes(whole)
+    write_manifest(tmp_path, {name: manifest[name] for name in manifest if name != "done"})
+    with pytest.raises(DataError, match="adacm2 prepare did not finish; run adacm2 prepare again"):
         opened(tmp_path, source)
 
 

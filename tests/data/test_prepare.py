@@ -221,7 +221,11 @@ def test_processes_that_are_told_different_things_are_refused(data_dir, tmp_path
     ("changes", "more", "expected"),
     [
         ({}, ["--dtype=int4"], "--dtype=int4: it must be bfloat16, float32, int8"),
-        ({"data__jitter": True}, [], "data.jitter: every epoch would see the same instants"),
+        (
+            {"data__jitter": True},
+            [],
+            "data.jitter = True: features are of the same instants in every epoch",
+        ),
         ({"init_from": "nowhere"}, [], "nowhere: no checkpoint here"),
         ({"optim__groups": "(('.*',1.0),)"}, [], "but vision/blocks/"),
         ({}, ["--shards=49"], "49 shards for 48 videos"),
@@ -274,6 +278,8 @@ def test_what_a_killed_process_left_does_not_make_an_output_something_else(
         ({"data__resize": "ma_lmm"}, "load.resize is 'clean' there, 'ma_lmm' here"),
         ({"model__dtype": "float32"}, "vision.dtype is 'bfloat16' there, 'float32' here"),
         ({"seed": 1}, "vision.weights is"),
+        ({"data__features": "", "data__features_local": "here"}, "here is for features; set data"),
+        ({"data__features_local": "/proc/here"}, "data.features_local = /proc/here: nothing can"),
     ],
 )
 def test_training_refuses_features_that_do_not_fit(
@@ -283,6 +289,15 @@ def test_training_refuses_features_that_do_not_fit(
     command.append(f"--config.data.cache_dir={tmp_path / 'cache'}")
     assert run_script("train.py", *command, f"--workdir={tmp_path / 'run'}") == 2
     assert expected in error_line(capsys)
+    assert not (tmp_path / "run/config.json").exists()  # a run that has not begun is none
+
+
+def test_features_are_no_copy_of_themselves(prepared, data_dir, tmp_path, capsys):
+    link = tmp_path / "link"
+    link.symlink_to(prepared)
+    command = arguments(data_dir, data__features=prepared, data__features_local=link)
+    assert run_script("train.py", *command, f"--workdir={tmp_path / 'run'}") == 2
+    assert f"{link} is data.features itself" in error_line(capsys)
 
 
 def test_only_a_vit_that_learns_is_refused():

@@ -79,7 +79,13 @@ def test_cores_are_what_is_eaten_over_what_one_reads(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"rows": [{"name": "x"}]}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(None, "{", "[]", '{"rows": [{"name": "x"}]}', '{"rows": []}', '{"rows": [1]}'),
+        *(f'{{"rows": [{{"name": "x", "ours": {rate}}}]}}' for rate in ("0.0", "-5", "NaN", '"1"')),
+    ],
+)
 def test_what_is_no_measurement_is_one_line(tmp_path, content):
     path = tmp_path / "loader.json"
     if content is not None:
