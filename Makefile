@@ -79,7 +79,7 @@ BEAM := apache-beam==2.77.0 'protobuf<7' 'pyarrow<26' 'python-dateutil<3' 'pillo
 PY := $(VENV)/bin/python
 # The tests of a file stay together: they share what is slow to make.
 # A worker that crashes ends the run: pytest-xdist may wait for ever for what a new one was to do.
-PYTEST := --numprocesses $(WORKERS) --dist loadfile --max-worker-restart 0
+PYTEST := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 # Byte code is written on first import, for what is imported alone; the requirements files are complete,
 # so nothing is to be resolved. Both together install in half the time.
 PIP := -m pip install --quiet --disable-pip-version-check --no-input --no-compile

@@ -98,6 +98,21 @@ def small_run(compiled_once, data_dir, tmp_path_factory) -> Path:
     return workdir
 
 
+#: The files that take longest begin first, or one worker waits for another's in the end.
+LONGEST = (
+    *("runs/test_resume.py", "distributed/test_processes.py", "distributed/test_curves.py"),
+    *("parity/test_port.py", "runs/test_train.py", "data/test_prepare.py", "test_sharding.py"),
+    *("parity/test_real_weights.py", "benchmarks/test_gpu.py", "data/test_epochs.py"),
+    *("training/test_two_phase.py", "benchmarks/test_late_questions.py", "memory/test_fused.py"),
+    *("training/test_stored.py", "data/test_workers.py", "inference/test_answerer.py"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {ROOT / "tests" / name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+
+
 def pytest_report_header() -> str:
     if HAS_TORCH:
         return f"parity: collected, torch {importlib.metadata.version('torch')} is the oracle"
