@@ -100,8 +100,8 @@ def small_run(compiled_once, data_dir, tmp_path_factory) -> Path:
 
 #: The files that take longest begin first, or one worker waits for another's in the end.
 LONGEST = (
-    *("runs/test_resume.py", "distributed/test_processes.py", "distributed/test_curves.py"),
-    *("parity/test_port.py", "runs/test_train.py", "data/test_prepare.py", "test_sharding.py"),
+    *("runs/test_resume.py", "parity/test_port.py", "runs/test_train.py", "data/test_prepare.py"),
+    *("distributed/test_curves.py", "test_sharding.py", "distributed/test_processes.py"),
     *("parity/test_real_weights.py", "benchmarks/test_gpu.py", "data/test_epochs.py"),
     *("training/test_two_phase.py", "benchmarks/test_late_questions.py", "memory/test_fused.py"),
     *("training/test_stored.py", "data/test_workers.py", "inference/test_answerer.py"),
