@@ -111,10 +111,8 @@ def test_windows_of_a_film_share_frames_in_a_cache_of_features(lvu, built, tmp_p
 
 def test_the_windows_of_lvu_share_the_frames_that_ma_lmm_takes(built):
     source = BuiltSource(built, "test")
-    for grid, runs in (
-        (10.0, [100, 20]),
-        (0.0, [100, 100]),
-    ):  # every 10th frame; the middles of 0.991 s
+    # Every tenth frame; the middles of 0.991 s.
+    for grid, runs in ((10.0, [100, 20]), (0.0, [100, 100])):
         load = LoadRun(Sampling("uniform", num_frames=100, grid=grid), 100, 16, False, "error")
         video = SharedVideo(source, [0, 1], load)
         assert [len(run.times) for run in video.runs] == runs
