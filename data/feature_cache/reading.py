@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from adacm2_jax.errors import DataError
 from data.feature_cache.shards import (
     Index,
     damaged,
@@ -95,6 +96,9 @@ class Shard:
       index: of the shard.
       frame: bytes of a frame.
       local: a directory, or None.
+
+    Raises:
+      DataError: if nothing can be kept in that directory.
     """
 
     def __init__(self, path: pathlib.Path, index: Index, frame: int, local: pathlib.Path | None):
@@ -102,9 +106,15 @@ class Shard:
         self._file = self._local = -1  # what __del__ finds if one cannot be opened
         self._file = os.open(path, os.O_RDONLY)
         if local is not None:
-            local.mkdir(parents=True, exist_ok=True)
-            self._local = os.open(local / path.name, os.O_RDWR | os.O_CREAT, 0o644)
-            os.ftruncate(self._local, frame * len(index.sums))
+            try:
+                local.mkdir(parents=True, exist_ok=True)
+                self._local = os.open(local / path.name, os.O_RDWR | os.O_CREAT, 0o644)
+                os.ftruncate(self._local, frame * len(index.sums))
+            except OSError as error:
+                raise DataError(
+                    f"data.features_local: {local / path.name}: {error.strerror}; remove what is "
+                    "in its way, or name another directory"
+                ) from None
 
     def read(self, number: int, out: np.ndarray) -> None:
         """Reads a frame.
@@ -117,8 +127,11 @@ class Shard:
           DataError: if it is damaged.
         """
         place, expected = number * self._frame, int(self._index.sums[number])
-        if self._local >= 0 and self._take(self._local, place, out) == expected:
-            return
+        if self._local >= 0:
+            # What cannot be read there is read where it comes from.
+            with contextlib.suppress(OSError):
+                if self._take(self._local, place, out) == expected:
+                    return
         try:
             found = self._take(self._file, place, out)
         except OSError as error:

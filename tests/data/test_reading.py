@@ -1,12 +1,15 @@
 """How stored clips are read: memory that is used again, threads, a second place for frames."""
 
 import concurrent.futures
+import errno
 import os
+import re
 
 import jax
 import numpy as np
 import pytest
 
+from adacm2_jax.errors import DataError
 from data.feature_cache.shards import frame_sum, shard_clips, shard_path
 from data.pipeline import stack
 from tests.data.test_features import features_of, frames_of, opened, source, write
@@ -94,6 +97,29 @@ def test_a_second_place_that_is_damaged_is_filled_again(source, tmp_path):
             frames_of(opened(tmp_path / "slow", source, local=local)[0]), expected
         )
         assert copy.read_bytes() == whole
+
+
+def test_a_second_place_with_something_in_its_way_names_the_flag(source, tmp_path):
+    manifest = write(tmp_path / "slow", source)
+    place = tmp_path / "local" / manifest["key"] / shard_path("", manifest, 0).name
+    place.mkdir(parents=True)
+    with pytest.raises(DataError, match=re.escape(f"data.features_local: {place}: Is a dir")):
+        frames_of(opened(tmp_path / "slow", source, local=tmp_path / "local")[0])
+
+
+def test_a_second_place_that_cannot_be_read_is_done_without(source, tmp_path, monkeypatch):
+    write(tmp_path / "slow", source)
+    expected = frames_of(opened(tmp_path / "slow", source)[0])
+    row = opened(tmp_path / "slow", source, local=tmp_path / "local")[0]
+    read, broken = os.preadv, OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def preadv(file, *rest):
+        if os.path.samestat(os.fstat(file), next((tmp_path / "local").glob("*/*")).stat()):
+            raise broken
+        return read(file, *rest)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert np.array_equal(frames_of(row), expected)
 
 
 def test_a_second_place_without_room_is_told_once_and_does_no_harm(source, tmp_path, caplog):
