@@ -36,12 +36,12 @@ class Counts:
     Attributes:
       seen: of all frames so far.
       kept: in the memory now.
-      bound: the most that the memory can ever keep; 0 if it grows with the video.
+      bound: the most that the memory can ever keep; None if it grows with the video.
     """
 
     seen: int
     kept: int
-    bound: int
+    bound: int | None
 
 
 def draw_memory(
@@ -160,7 +160,7 @@ def _draw_head(axes: Any, question: str, answer: str, truth: str | None, counts:
             color=colour,
             **plain,
         )
-    bound = f"{counts.bound:,}" if counts.bound else "none"
+    bound = "none" if counts.bound is None else f"{counts.bound:,}"
     for place, (number, label, colour) in enumerate(
         (
             (f"{counts.seen:,}", "tokens seen", MUTED),

@@ -135,7 +135,7 @@ def _section(study: Study, number: int, pictures: Mapping[int, Picture]) -> str:
         grid=study.grid,
         pictures={t: pictures[t] for t in _pictured(study, number)},
     )
-    bound = f"{counts.bound:,}" if counts.bound else "no bound"
+    bound = "no bound" if counts.bound is None else f"{counts.bound:,}"
     tokens = [
         (f"{counts.seen:,}", "tokens seen"),
         (f"{counts.kept:,}", "tokens kept, in the fullest layer"),

@@ -40,7 +40,7 @@ class Study:
         in it of every token that the first policy kept; no layers under ``merge``.
       times: float64[T], instants of the frames, seconds from the file's start.
       grid: patches of a frame, rows and columns.
-      bound: the most tokens that a layer can ever keep; 0 if they grow with the video.
+      bound: the most tokens that a layer can ever keep; None if they grow with the video.
       bytes: for each chunk the frames read so far and the bytes of one question's memory.
       keep_all: bytes of a memory that keeps every token.
       frame_ms: milliseconds a frame: decoding, the vision network and all memories.
@@ -52,7 +52,7 @@ class Study:
     kept: tuple[tuple[np.ndarray, ...], ...]
     times: np.ndarray
     grid: tuple[int, int]
-    bound: int
+    bound: int | None
     bytes: tuple[tuple[int, int], ...]
     keep_all: Line
     frame_ms: float
@@ -116,7 +116,7 @@ class Watch:
             ),
             times=row.times,
             grid=(side, side),
-            bound=bound_of(config),
+            bound=None if config.memory.policy == "full" else bound_of(config),
             bytes=tuple(self._bytes),
             keep_all=keep_all(config),
             frame_ms=1e3 * self._seconds / self._frames,

@@ -198,9 +198,7 @@ def newest_instead(config: MemoryConfig, tokens_per_frame: int) -> MemoryConfig 
 
 
 def bound_of(config: AdaCM2Config) -> int:
-    """The most tokens that a layer ever holds after a frame; 0 if they grow with the video."""
-    if config.memory.policy == "full":
-        return 0
+    """The most tokens that a layer ever holds after a frame; ``full`` after ``max_frames``."""
     if config.memory.policy == "merge":
         return config.memory.bank_frames * config.vision.tokens_per_frame
     return plan_for(config).capacity

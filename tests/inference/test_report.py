@@ -144,6 +144,15 @@ def test_the_page_says_what_was_computed_and_needs_nothing_from_elsewhere(study)
     assert "default-src 'none'" in text and "@import" not in text and "url(" not in text
 
 
+@pytest.mark.parametrize(("bound", "told"), [(1234, "1,234"), (0, "0"), (None, "no bound")])
+def test_a_memory_that_holds_nothing_between_frames_has_a_bound_and_one_that_grows_has_none(
+    study, bound, told
+):
+    text = page(make_report(dataclasses.replace(study, bound=bound), "runs/small"))
+    assert Tags(text).text.count(f"fullest layer{told}the most that a layer") == 2
+    assert ("no bound" in text) is (bound is None)
+
+
 def test_what_comes_from_outside_is_only_text(study):
     replies = tuple(
         dataclasses.replace(reply, question=HOSTILE, answer=HOSTILE + "\x1b[31m", policy="merge")

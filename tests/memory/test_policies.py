@@ -16,6 +16,7 @@ from adacm2_jax.memory.policies import (
     RANDOM,
     STRIDE,
     arrival_rank,
+    bound_of,
     capacity_bound,
     plan_for,
     retention_counts,
@@ -175,6 +176,20 @@ def test_full_keeps_every_token_of_its_frames():
     plan = retention_plan(MemoryConfig("full", max_frames=6), 5, 2)
     assert plan.capacity == 30 and not plan.older.any()
     assert lengths(plan, 1, 5, 8) == [5, 10, 15, 20, 25, 30, 30, 30]
+
+
+@pytest.mark.parametrize(
+    ("memory", "frames"),
+    [
+        (MemoryConfig(policy="recent_frames", recent_frames=1), 0),  # it has just come
+        (MemoryConfig(policy="recent_frames", recent_frames=3), 2),
+        (MemoryConfig(policy="full", max_frames=7), 7),
+        (MemoryConfig(policy="merge", bank_frames=5), 5),
+    ],
+)
+def test_what_holds_whole_frames_is_bound_by_their_number(memory, frames):
+    config = instructblip_vicuna_7b(memory=memory)
+    assert bound_of(config) == frames * config.vision.tokens_per_frame
 
 
 @pytest.mark.parametrize(
