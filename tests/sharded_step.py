@@ -5,6 +5,7 @@ device, and how the language model's weights are split.
 """
 
 import dataclasses
+import functools
 import json
 
 import flax.linen as nn
@@ -56,6 +57,20 @@ def make_batch(config) -> Batch:
     )
 
 
+@functools.cache
+def fresh_values(config):
+    """Parameters with their axes, as shapes, and values that are made on one device: random
+    numbers need not be equal on every mesh."""
+    made = jax.jit(init_params, static_argnums=0)
+    boxed = jax.eval_shape(functools.partial(made, config), jax.random.key(0))
+    return boxed, jax.device_get(nn.unbox(made(config, jax.random.key(0))))
+
+
+def params_on(mesh, config):
+    boxed, values = fresh_values(config)
+    return jax.device_put(values, param_shardings(boxed, mesh))
+
+
 def frame_collectives(compiled) -> dict:
     """What devices exchange within the loops over frames, and which loops there are."""
     collectives, loops = _hlo.read(compiled.as_text())
@@ -69,9 +84,7 @@ def frame_collectives(compiled) -> dict:
 def stream_on(mesh, config) -> dict:
     """The streaming step of evaluation: the memory after two chunks, and its collectives."""
     model, batch = AdaCM2(config), make_batch(config)
-    boxed = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
-    values = nn.unbox(jax.jit(lambda key: init_params(config, key))(jax.random.key(0)))
-    params = jax.device_put(jax.device_get(values), param_shardings(boxed, mesh))
+    params = params_on(mesh, config)
     state = init_state(config, jax.numpy.asarray(batch.valid.sum(1)))
     places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(state))
     state = jax.device_put(state, places)
@@ -89,10 +102,7 @@ def stream_on(mesh, config) -> dict:
 
 def step_on(mesh, config) -> tuple[dict, dict, dict, dict]:
     """Metrics, first moments (a tenth of the gradients), all parameters, and collectives."""
-    boxed = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
-    # Values are made on one device: random numbers need not be equal on every mesh.
-    values = nn.unbox(jax.jit(lambda key: init_params(config, key))(jax.random.key(0)))
-    params = jax.device_put(jax.device_get(values), param_shardings(boxed, mesh))
+    params = params_on(mesh, config)
     learned, frozen = split_params(params, GROUPS)
     rule, _ = make_optimizer(
         learned,
@@ -119,9 +129,7 @@ def step_on(mesh, config) -> tuple[dict, dict, dict, dict]:
 
 def loss_of_three_videos(mesh, config) -> float:
     """Three rows divide over one device, and over no more."""
-    boxed = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
-    values = nn.unbox(jax.jit(lambda key: init_params(config, key))(jax.random.key(0)))
-    params = jax.device_put(jax.device_get(values), param_shardings(boxed, mesh))
+    params = params_on(mesh, config)
     learned, frozen = split_params(params, GROUPS)
     batch = jax.device_put(
         jax.tree.map(lambda leaf: leaf[:3], make_batch(config)), replicated(mesh)

@@ -12,6 +12,7 @@ from adacm2_jax.memory.fused import by_kernels, fits
 from adacm2_jax.memory.policies import retention_plan
 from adacm2_jax.memory.slots import Frames, Queries, Retention, init_memory, read_frames
 from adacm2_jax.models.adacm2 import AdaCM2, Question, call, init_params, init_state
+from tests.small import quick_compilation
 
 VIDEOS, FRAMES, HEADS, WIDTH, ROWS, TEXT = 2, 4, 3, 16, 5, 3
 KERNELS = jax.jit(by_kernels, static_argnames="interpret")
@@ -125,7 +126,8 @@ def test_a_model_with_fused_memory_reads_alike_where_there_is_no_nvidia_gpu(poli
     frames = np.random.default_rng(0).integers(0, 256, (1, 3, 56, 56, 3), np.uint8)
     ids, mask = jnp.ones((1, 4), jnp.int32), jnp.ones((1, 4), bool)
     question = Question(ids, mask, ids, mask)
-    params = jax.jit(init_params, static_argnums=0)(plain, jax.random.key(0))
+    with quick_compilation():
+        params = jax.jit(init_params, static_argnums=0)(plain, jax.random.key(0))
     state = init_state(plain, jnp.zeros(1, jnp.int32))
 
     def read(config):

@@ -9,7 +9,7 @@ from adacm2_jax.models.params import abstract_params, fresh_params, split_params
 from adacm2_jax.sharding import make_mesh
 from adacm2_jax.training.step import Batch, StepConfig, loss_and_gradients
 from data.feature_cache.shards import pack, unpack
-from tests.small import get_config, small_model
+from tests.small import get_config, quick_compilation, small_model
 
 
 def test_the_loss_and_the_gradients_are_those_of_features_widened_by_the_host():
@@ -17,7 +17,8 @@ def test_the_loss_and_the_gradients_are_those_of_features_widened_by_the_host():
     step = StepConfig(chunk=3, accumulate=2)
     groups = tuple(get_config().optim.groups)
     mesh = make_mesh(devices=jax.devices()[:1])
-    params = fresh_params(model, abstract_params(model, groups, mesh), 0)
+    with quick_compilation():
+        params = fresh_params(model, abstract_params(model, groups, mesh), 0)
     learned, frozen = split_params(params, groups)
     random = np.random.default_rng(0)
     vision = model.vision
