@@ -248,15 +248,17 @@ def _compare_vit(rows: Rows) -> None:
     exact = _on(cpu, lambda: steps.encode(AdaCM2(config), params, frames)).astype(np.float32)
     # A block rounds about eight results that are added to one another, at random.
     bound = 2.0**-8 * (8 * config.vision.depth) ** 0.5
+    apart = unstacked(jax.tree.map(jnp.asarray, params))
     for name, fused, given in (
-        ("plain", False, params),
-        ("fused", True, params),
-        ("fused, by blocks", True, unstacked(jax.tree.map(jnp.asarray, params))),
+        ("plain", {"fused_vision": False}, params),
+        ("fused", {}, params),
+        ("fused, by blocks", {}, apart),
+        ("epilogues, by blocks", {"fused_epilogues": True}, apart),
     ):
-        half = dataclasses.replace(config, dtype="bfloat16", fused_vision=fused)
+        half = dataclasses.replace(config, dtype="bfloat16", **fused)
 
         def encode(half=half, given=given):
-            return steps.encode(AdaCM2(half), given, frames)
+            return steps.encoder(half)(AdaCM2(half), given, frames)
 
         found = _on(jax.devices()[0], encode)
         off = float(np.linalg.norm(found.astype(np.float32) - exact) / np.linalg.norm(exact))

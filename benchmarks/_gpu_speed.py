@@ -49,11 +49,19 @@ def section_ceilings(rows: Rows, size: Size) -> None:
 # --- stream --------------------------------------------------------------------------------------
 
 
+#: How the ViT is computed: the name in rows, and what of the model is set for it.
+WAYS: dict[str, dict[str, bool]] = {
+    "fused True": {},
+    "epilogues": {"fused_epilogues": True},
+    "fused False": {"fused_vision": False},
+}
+
+
 def section_stream(rows: Rows, size: Size) -> None:
     """Frames a second of the parts and of all together, most wanted first."""
     config = size.config()
     params = draw_params(config, READING)
-    _vit(rows, size, params, size.images[0], True, ", stacked")
+    _vit(rows, size, params, size.images[0], "fused True", ", stacked")
     params = unstacked(params)
     alone = _vit_alone(rows, size, params)
     for case in size.streams:
@@ -66,26 +74,26 @@ def _name(preset: str, videos: int, questions: int, chunk: int) -> str:
     return f"{preset}, {videos} videos, {questions} questions, chunk {chunk}"
 
 
-def _vit_alone(rows: Rows, size: Size, params: dict) -> dict[bool, float]:
-    """The ViT by images and kind of attention; the best frames a second of each kind."""
-    best = {False: 0.0, True: 0.0}
-    for images, fused in itertools.product(size.images, (True, False)):
-        best[fused] = max(best[fused], _vit(rows, size, params, images, fused))
+def _vit_alone(rows: Rows, size: Size, params: dict) -> dict[str, float]:
+    """The ViT by images and ways; the best frames a second of each way."""
+    best = dict.fromkeys(WAYS, 0.0)
+    for images, way in itertools.product(size.images, WAYS):
+        best[way] = max(best[way], _vit(rows, size, params, images, way))
     return best
 
 
 def _vit(
-    rows: Rows, size: Size, params: dict, images: tuple[int, int], fused: bool, how: str = ""
+    rows: Rows, size: Size, params: dict, images: tuple[int, int], way: str, how: str = ""
 ) -> float:
     """Frames a second of the ViT on [videos, frames]; 0 where there is no time for it."""
     count = math.prod(images)
-    name = f"ViT, {count} images, fused {fused}{how}"
+    name = f"ViT, {count} images, {way}{how}"
     if rows.late(name):
         return 0.0
-    config = size.config(fused_vision=fused)
-    model, frames = AdaCM2(config), pixels(config, *images)
+    config = size.config(**WAYS[way])
+    model, frames, encode = AdaCM2(config), pixels(config, *images), steps.encoder(config)
     begun = time.perf_counter()
-    seconds, spread = seconds_of(lambda: steps.encode(model, params, frames), size.least)
+    seconds, spread = seconds_of(lambda: encode(model, params, frames), size.least)
     taken = time.perf_counter() - begun
     rate = flops_of(lambda p, f: steps.encode(model, p, f), params, frames) / seconds
     share = rows.share(rate, "product", "flops_a_second")
@@ -101,18 +109,18 @@ def _stream(
     videos: int,
     questions: int,
     chunk: int,
-    alone: dict[bool, float],
+    alone: dict[str, float],
 ) -> None:
-    fused = alone[True] >= alone[False]
-    config = size.config(memory=memory_preset(preset), fused_vision=fused)
-    frames = pixels(config, videos, chunk)
+    way = max(alone, key=lambda way: alone[way])
+    config = size.config(memory=memory_preset(preset), **WAYS[way])
+    frames, encode = pixels(config, videos, chunk), steps.encoder(config)
     models = {
         ours: AdaCM2(dataclasses.replace(config, fused_memory=ours)) for ours in (False, True)
     }
     model = models[False]
     asked = ask(config, videos * questions, size.words)
     valid = jnp.ones((videos, chunk), bool)
-    features = steps.encode(model, params, frames)
+    features = encode(model, params, frames)
     state = repeat_rows(init_state(config, jnp.zeros(videos, jnp.int32)), questions)
 
     def read(ours: bool) -> StreamState:
@@ -122,7 +130,7 @@ def _stream(
 
     def together() -> StreamState:
         nonlocal state
-        encoded = steps.encode(model, params, frames)
+        encoded = encode(model, params, frames)
         state = steps.read(model, params, encoded, valid, asked, state)
         return state
 
@@ -137,7 +145,7 @@ def _stream(
         of_the_vit_alone=count / both / max(alone.values()) if any(alone.values()) else None,
         without_vit_ms_a_frame=reading[False] / count * 1e3,
         without_vit_fused_memory_ms_a_frame=reading[True] / count * 1e3,
-        fused_vision=fused,
+        vision=way,
         fused_memory=ours,
         spread=spread,
         measured_in=time.perf_counter() - begun,
@@ -154,11 +162,13 @@ DECODED = ((1, 1, "int8"), (1, 1, ""), (8, 1, ""), (1, 5, ""), (8, 5, ""), (1, 1
 #: Of the kernel that multiplies by a matrix of eight bits.
 SHAPES = (
     int8_product.Shape(),
+    int8_product.Shape(parts=16),
+    int8_product.Shape(parts=32),
     int8_product.Shape(tall=64, parts=16),
-    int8_product.Shape(wide=32),
-    int8_product.Shape(wide=128, tall=32, parts=16),
     int8_product.Shape(tall=64, parts=32),
-    int8_product.Shape(tall=64, parts=16, warps=2),
+    int8_product.Shape(tall=64, parts=32, warps=2),
+    int8_product.Shape(wide=32, parts=16),
+    int8_product.Shape(wide=128, tall=32, parts=32),
 )
 
 

@@ -5,9 +5,11 @@
 Compiles reading for one H100 at full size in bfloat16, one video, a chunk of 16 frames, and counts
 in the optimised program: the kernels that run for every frame in every layer of the memory, as XLA
 makes them and as ``model.fused_memory`` does; those of a ViT block, and the largest array of a ViT
-block, with plain and with fused attention (``model.fused_vision``). Exits with 1 if fused
-attention leaves an array of all logits, or if the memory has more kernels than it had. Needs
-jax[cuda12].
+block, with plain and with fused attention (``model.fused_vision``), and with biases and GELU in the
+products (``model.fused_epilogues``). Products are those of cuBLASLt everywhere: on a card XLA
+chooses by timing, without epilogues among its own kernels, too. Exits with 1 if fused attention
+leaves an array of all logits, if a GELU stands outside of its product, or if the memory has more
+kernels than it had. Needs jax[cuda12].
 """
 
 import math
@@ -21,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from adacm2_jax.config import AdaCM2Config, instructblip_vicuna_7b, memory_preset
-from adacm2_jax.inference.steps import encode, read
+from adacm2_jax.inference.steps import encoder, read
 from adacm2_jax.models.adacm2 import AdaCM2, Question, init_state
 from adacm2_jax.models.params import abstract_params, unstacked
 from adacm2_jax.plan.topology import parse_topology, topology_devices
@@ -50,7 +52,7 @@ def program(config: AdaCM2Config, step: str, apart: bool = False, chunk: int = C
     side = config.vision.image_size
     if step == "encode":
         arguments = params, shape(jnp.uint8, 1, chunk, side, side, 3)
-        function = encode
+        function = encoder(config)
     else:
         ids, mask = shape(jnp.int32, 1, WORDS), shape(bool, 1, WORDS)
         state = jax.tree.map(
@@ -110,10 +112,15 @@ def main() -> int:
         squares = [f"{a},{b}]" for a in padded for b in padded]
         if fused and any("f32[" in line and square in line for line in body for square in squares):
             failures.append("fused attention leaves an array of all logits in float32")
-    lines = _hlo.entry(program(config, "encode", apart=True))
-    size, shape = largest(lines)
-    count = len(_hlo.kernels(lines)) / config.vision.depth
-    print(f"| ViT, by blocks | fused, apart | {count:.1f} | {shape} | {size / 2**20:.0f} |")
+    for way in ("fused", "epilogues"):
+        config = instructblip_vicuna_7b(dtype="bfloat16", fused_epilogues=way == "epilogues")
+        lines = _hlo.entry(program(config, "encode", apart=True))
+        size, shape = largest(lines)
+        count = len(_hlo.kernels(lines)) / config.vision.depth
+        print(f"| ViT, by blocks | {way}, apart | {count:.1f} | {shape} | {size / 2**20:.0f} |")
+        inside = sum('"epilogue":"BIAS_GELU"' in line for line in lines)
+        if config.fused_epilogues and inside != config.vision.depth:
+            failures.append(f"{inside} of {config.vision.depth} GELUs are within a product")
     for (preset, ours), most in MOST_KERNELS.items():
         config = instructblip_vicuna_7b(
             dtype="bfloat16", memory=memory_preset(preset), fused_memory=ours

@@ -245,7 +245,8 @@ class Answerer:
             reading.left = reading.left - number[:, -1]
         frames = self._put(frames, ROWS)
         with self._on_mesh():
-            features = steps.encode(self._model, self._params, frames)
+            encode = steps.encoder(self._model.config)
+            features = encode(self._model, self._params, frames)
         if self._in_lock_step():
             jax.block_until_ready(features)
         # Two chunks at most are on the device: the one before ends while this one is encoded.

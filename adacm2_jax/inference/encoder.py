@@ -59,7 +59,9 @@ class Encoder:
     def __init__(
         self, config: AdaCM2Config, params: dict, mesh: Mesh, images: tuple[int, int, int]
     ):
-        # Not read, but the module has it.
+        # As a training step computes them, which has no epilogues.
+        config = dataclasses.replace(config, fused_epilogues=False)
+        # The table is not read, but the module has it.
         table = jnp.zeros((config.temporal_positions, config.vision.width))
         table = jax.device_put(table, replicated(mesh))
         self._params = {"vision": params["vision"], "temporal_embed": table}

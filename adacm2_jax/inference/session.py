@@ -378,7 +378,7 @@ def push_together(sessions: Sequence[Session], frames: Sequence[np.ndarray], row
         padded = np.zeros((1, places, *pictures.shape[1:]), np.uint8)
         padded[0, : len(pictures)] = pictures
         valid[row, : len(pictures)] = True
-        features.append(steps.encode(models.open, model.params, padded))
+        features.append(steps.encoder(model.config)(models.open, model.params, padded))
     known = [session._known for session in sessions]
     empty = rows - len(sessions)
     if rows == 1:

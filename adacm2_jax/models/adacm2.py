@@ -149,7 +149,7 @@ class AdaCM2(nn.Module):
 
     def setup(self):
         c = self.config
-        self.vision = VisionTransformer(c.vision, c.remat, c.fused_vision)
+        self.vision = VisionTransformer(c.vision, c.remat, c.fused_vision, c.fused_epilogues)
         self.ln_vision = LayerNorm(c.ln_vision_eps, "vision")
         self.temporal_embed = param(
             self,

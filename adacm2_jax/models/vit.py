@@ -71,12 +71,14 @@ class Block(nn.Module):
       dtype: of the products.
       fused: for an NVIDIA GPU, by cuDNN's attention; of a block that ``adds_later``, by fewer
         kernels, too.
+      fused_gelu: by ``layers.fused_gelu``.
       adds_later: what the block adds at its end is returned, for the next block to add.
     """
 
     config: VisionConfig
     dtype: Any = jnp.float32
     fused: bool = False
+    fused_gelu: bool = False
     adds_later: bool = False
 
     @nn.compact
@@ -92,13 +94,13 @@ class Block(nn.Module):
         # Of products of the same rows XLA makes one, and for that puts their weights together, for
         # every chunk anew, and takes its result apart; of rows that only it cannot tell apart, not.
         rows = jax.lax.optimization_barrier((y, y, y)) if fewer else (y, y, y)
-        query = Dense(shape, axes, name="query")(rows[0])
+        query = Dense(shape, axes, flat=fewer, name="query")(rows[0])
         key = Dense(shape, axes, use_bias=False, name="key")(rows[1])
-        value = Dense(shape, axes, name="value")(rows[2])
+        value = Dense(shape, axes, flat=fewer, name="value")(rows[2])
         y = (fused_attention if self.fused else attention)(query, key, value)
         y = Dense(shape[1:] + shape[:1], axes[1:] + axes[:1], num_inputs=2, name="out")(y)
         x, y = norm(name="norm2")(x, y)
-        y = Mlp(c.width, c.mlp_width, "vision", name="mlp")(y)
+        y = Mlp(c.width, c.mlp_width, "vision", self.fused_gelu, name="mlp")(y)
         return (x, y) if self.adds_later else (x + y, None)
 
 
@@ -112,6 +114,7 @@ class VisionTransformer(nn.Module):
     config: VisionConfig
     remat: bool = True
     fused: bool = False
+    fused_gelu: bool = False
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
@@ -134,7 +137,7 @@ class VisionTransformer(nn.Module):
             ("one", "token", "vision"),
         )
         x = x + positions.astype(x.dtype)
-        settings = c, pixels.dtype, self.fused
+        settings = c, pixels.dtype, self.fused, self.fused_gelu
         apart: Any = self.get_variable("params", "blocks")
         if isinstance(apart, tuple):  # see params.unstacked
             block, added = Block(*settings, adds_later=True, parent=None), None

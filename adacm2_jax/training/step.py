@@ -212,8 +212,8 @@ def loss_fn(
       UserError: where the gradient would not be exact, see :func:`check_step`.
     """
     check_step(options, learned, batch.valid.shape[1])
-    # The kernels of a fused memory have no gradient.
-    model = AdaCM2(dataclasses.replace(config, fused_memory=False))
+    # The kernels of a fused memory have no gradient, and a step is not compiled for epilogues.
+    model = AdaCM2(dataclasses.replace(config, fused_memory=False, fused_epilogues=False))
     params = join_params(learned, frozen)
     state = init_state(config, batch.valid.sum(1), batch.seed)
     dropout = dict(deterministic=False, rngs={"dropout": rng})

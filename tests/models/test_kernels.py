@@ -2,13 +2,19 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from adacm2_jax.config import tiny
+from adacm2_jax.inference.steps import encode, encoder
 from adacm2_jax.models import fused_norm, int8_product
+from adacm2_jax.models.adacm2 import AdaCM2, init_params
 from adacm2_jax.models.layers import Dense
+from adacm2_jax.models.params import unstacked
+from tests.small import quick_compilation
 
 EPS = 1e-6
 
@@ -78,3 +84,15 @@ def test_a_quantised_layer_without_an_nvidia_gpu_multiplies_by_xla():
     terms = np.tensordot(np.abs(x), np.abs(kernel.astype(np.float64)), 2) * scale[0, 0]
     # 32 terms and the scale: a rounding each, of at most the sum of the terms' magnitudes.
     assert (np.abs(np.asarray(found, np.float64) - exact) <= 33 * 2.0**-24 * terms).all()
+
+
+def test_a_model_with_epilogues_encodes_alike_where_there_is_no_nvidia_gpu():
+    """And the compiler takes the options, which are not for it."""
+    plain, fused = (tiny(dtype="bfloat16", fused_epilogues=way) for way in (False, True))
+    frames = np.random.default_rng(0).integers(0, 256, (1, 2, 56, 56, 3), np.uint8)
+    with quick_compilation():
+        params = jax.jit(init_params, static_argnums=0)(plain, jax.random.key(0))
+    params = unstacked(nn.unbox(params))
+    assert encoder(plain) is encode and encoder(fused) is not encode
+    found, wanted = (encoder(config)(AdaCM2(config), params, frames) for config in (fused, plain))
+    np.testing.assert_array_equal(found, wanted)

@@ -4,8 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
-from adacm2_jax.models.layers import attention, attention_behind, fused_attention, wide_product
+from adacm2_jax.models.layers import (
+    Dense,
+    attention,
+    attention_behind,
+    fused_attention,
+    fused_gelu,
+    gelu,
+    wide_product,
+)
 from tests.oracle import U
 
 HALVES = ("bfloat16", "float16")
@@ -75,3 +84,35 @@ def test_fused_attention_is_plain_attention_where_there_is_no_nvidia_gpu(dtype):
     query, key, value = (normal(seed, 2, 7, 3, 8, dtype=dtype) for seed in range(3))
     found = jax.jit(fused_attention)(query, key, value)
     assert np.array_equal(found, jax.jit(attention)(query, key, value))
+
+
+@pytest.mark.parametrize("dtype", ("float32", *HALVES))
+def test_fused_gelu_is_plain_gelu_where_there_is_no_nvidia_gpu(dtype):
+    x = normal(0, 5, 24, dtype=dtype)
+    assert np.array_equal(jax.jit(fused_gelu)(x), jax.jit(gelu)(x))
+
+
+@pytest.mark.parametrize("dtype, least", [("bfloat16", 8), ("float16", 1)])
+def test_gelu_by_tanh_is_off_less_than_the_rounding_that_it_saves(dtype, least):
+    """``least``: so many times. float64 by scipy, of sums whose standard deviation is 1."""
+    x = np.random.default_rng(0).normal(size=100_000)
+    exact = x * scipy.special.ndtr(x)
+    inner = (2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)
+    by_tanh = x / 2 * (1 + np.tanh(inner)) - exact
+    assert np.abs(by_tanh).max() < 4.8e-4
+    rounded = x.astype(jnp.dtype(dtype)).astype(np.float64)
+    of_rounded = rounded * scipy.special.ndtr(rounded) - exact
+    assert np.square(of_rounded).mean() ** 0.5 > least * np.square(by_tanh).mean() ** 0.5
+    # It is the function that jax has.
+    with jax.enable_x64(True):
+        found = np.asarray(jax.nn.gelu(x, approximate=True))
+    np.testing.assert_allclose(found, by_tanh + exact, rtol=1e-12, atol=1e-14)
+
+
+def test_a_bias_is_the_same_before_and_after_the_output_is_taken_apart():
+    x, kernel, bias = normal(0, 3, 16), normal(1, 16, 4, 6), normal(2, 4, 6)
+    given = {"params": {"kernel": kernel, "bias": bias}}
+    layers = (Dense((16, 4, 6), ("embed", "heads", "head_dim"), flat=flat) for flat in (0, 1))
+    found = [layer.apply(given, x) for layer in layers]
+    assert found[1].shape == (3, 4, 6)
+    assert np.array_equal(*found)
