@@ -48,7 +48,7 @@ def program(config: AdaCM2Config, step: str, apart: bool = False, chunk: int = C
         return jax.ShapeDtypeStruct(dims, dtype, sharding=place)
 
     params = abstract_params(config, _GROUPS, mesh)
-    params = unstacked(params) if apart else params
+    params = unstacked(params, config.fused_memory) if apart else params
     side = config.vision.image_size
     if step == "encode":
         arguments = params, shape(jnp.uint8, 1, chunk, side, side, 3)
@@ -127,7 +127,7 @@ def main() -> int:
         )
         if ours:  # no loop: what a frame more adds to the program
             lines, fewer = (
-                _hlo.entry(program(config, "read", chunk=n)) for n in (CHUNK, CHUNK // 2)
+                _hlo.entry(program(config, "read", True, n)) for n in (CHUNK, CHUNK // 2)
             )
             more = len(_hlo.kernels(lines)) - len(_hlo.kernels(fewer))
             count = more / (CHUNK - CHUNK // 2) / config.qformer.num_cross_layers
@@ -135,6 +135,9 @@ def main() -> int:
             lines = _hlo.loop_body(program(config, "read"), _hlo.FRAME_LOOPS["frames"])
             count = len(_hlo.kernels(lines))
         size, shape = largest(lines)
+        if ours:
+            whole = len(_hlo.kernels(lines))
+            print(f"| reading a chunk, {preset} | fused, apart | {whole} | | |")
         way = "fused" if ours else "plain"
         print(
             f"| memory, {preset} | {way} | {count:g} | {shape} | {size / 2**20:.1f} |", flush=True

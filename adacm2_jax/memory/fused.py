@@ -12,14 +12,17 @@ that are dealt out to so many programs a head that the card is busy:
 3. :func:`_retain`, one program a video: adds the heads' sums up, finds the score of the last token
    that stays, by its bits from the highest down, and permutes the slots.
 
-The memory is changed where it lies. Sums have another order than in ``slots.read_frame``, so scores
-agree within rounding, and of two tokens with nearly the same score another one may stay. Where
-scores are equal the rule is the same: the older one stays.
+The memory is changed where it lies; of the memory of all layers, too, so that none is cut out and
+put back. Sums have another order than in ``slots.read_frame``, so scores agree within rounding, and
+of two tokens with nearly the same score another one may stay. Where scores are equal the rule is
+the same: the older one stays.
 
-Nothing of this has a gradient. Axes: as in ``slots.py``; G programs a head.
+Nothing of this has a gradient. Axes: as in ``slots.py``, L in front in a memory of all layers;
+G programs a head.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +31,7 @@ from jax.experimental.pallas import triton
 
 from adacm2_jax.memory.policies import ATTENTION
 from adacm2_jax.memory.slots import Frames, Queries, Retention, VideoMemory
-from adacm2_jax.memory.slots import read_frames as read_plainly
+from adacm2_jax.memory.slots import read_frames as read_one_layer
 
 #: Tokens of a tile.
 _TILE = 64
@@ -54,14 +57,45 @@ def fits(memory: VideoMemory, retention: Retention) -> bool:
 
 
 def read_frames(
-    memory: VideoMemory, retention: Retention, frames: Frames, queries: Queries
+    memory: VideoMemory,
+    retention: Retention,
+    frames: Frames,
+    queries: Queries,
+    layer: int | None = None,
 ) -> tuple[jax.Array, VideoMemory]:
     """``slots.read_frames`` without dropout: by the kernels where the program is for an NVIDIA GPU
-    and they can do it (:func:`fits`), else as XLA compiles it."""
-    if not fits(memory, retention):
-        return read_plainly(memory, retention, frames, queries)
+    and they can do it (:func:`fits`), else as XLA compiles it.
+
+    Args:
+      memory: of one layer; with ``layer`` of all, of which it changes that one.
+      retention: likewise.
+      frames: of a chunk, likewise.
+      queries: their rows in that layer.
+      layer: which, from 0.
+    """
     given = memory, retention, frames, queries
-    return jax.lax.platform_dependent(*given, cuda=by_kernels, default=read_plainly)
+    plainly = functools.partial(read_plainly, layer=layer)
+    if not fits(memory, retention):
+        return plainly(*given)
+    kernels = functools.partial(by_kernels, layer=layer)
+    return jax.lax.platform_dependent(*given, cuda=kernels, default=plainly)
+
+
+def read_plainly(
+    memory: VideoMemory,
+    retention: Retention,
+    frames: Frames,
+    queries: Queries,
+    layer: int | None = None,
+    dropout: Callable | None = None,
+) -> tuple[jax.Array, VideoMemory]:
+    """:func:`read_frames` as XLA compiles it; ``dropout``: see ``slots.read_frames``."""
+    if layer is None:
+        return read_one_layer(memory, retention, frames, queries, dropout)
+    own, counts = jax.tree.map(lambda leaf: leaf[layer], (memory, retention))
+    frames = frames.replace(key=frames.key[layer], value=frames.value[layer])
+    attended, own = read_one_layer(own, counts, frames, queries, dropout)
+    return attended, jax.tree.map(lambda leaf, new: leaf.at[layer].set(new), memory, own)
 
 
 def by_kernels(
@@ -69,22 +103,25 @@ def by_kernels(
     retention: Retention,
     frames: Frames,
     queries: Queries,
+    layer: int | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, VideoMemory]:
     """The kernels themselves, for what :func:`fits`.
 
     Args:
-      memory: of one layer.
-      retention: of that layer.
-      frames: of a chunk.
-      queries: their rows.
+      memory, retention, frames, queries, layer: see :func:`read_frames`.
       interpret: the kernels are interpreted, which every device can, slowly.
     """
+    if layer is None:
+        whole, counts = jax.tree.map(lambda leaf: leaf[None], (memory, retention))
+        frames = frames.replace(key=frames.key[None], value=frames.value[None])
+        attended, whole = by_kernels(whole, counts, frames, queries, 0, interpret)
+        return attended, jax.tree.map(lambda leaf: leaf[0], whole)
     rows, weights = _rows(queries)
     dtype = memory.key.dtype
     frames = frames.replace(key=frames.key.astype(dtype), value=frames.value.astype(dtype))
     number, batch, heads, count, width = queries.rows.shape
-    tiles = pl.cdiv(memory.slots.shape[1], _TILE)
+    tiles = pl.cdiv(memory.slots.shape[2], _TILE)
     wanted = pl.next_power_of_2(pl.cdiv(_PROGRAMS, batch * heads))
     programs = min(wanted, pl.next_power_of_2(tiles))
     valid = frames.valid.astype(jnp.int32)
@@ -93,7 +130,7 @@ def by_kernels(
 
     def step(place, carry):
         memory, parts = carry
-        at = place[None], valid
+        at = jnp.stack([place, jnp.int32(layer)]), valid
         measures = _call_measure(at, memory, frames, rows, programs, interpret)
         memory, parts, sums = _call_attend(
             at, memory, frames, rows, weights, measures, parts, interpret
@@ -138,11 +175,12 @@ class _Tokens:
 
     def __init__(self, at, slots, length, key, new_key, programs: int):
         place, _ = at
-        self.frame, self.video, self.head = place[0], pl.program_id(0), pl.program_id(1)
-        self.old, (tokens, width) = length[self.video], new_key.shape[3:]
+        self.frame, self.layer = place[0], place[1]
+        self.video, self.head = pl.program_id(0), pl.program_id(1)
+        self.old, (tokens, width) = length[self.layer, self.video], new_key.shape[4:]
         self.count = self.old + tokens
         self._slots, self._across = slots, jnp.arange(width)
-        each = pl.cdiv(pl.cdiv(slots.shape[1], _TILE), programs)
+        each = pl.cdiv(pl.cdiv(slots.shape[2], _TILE), programs)
         self.first = pl.program_id(2) * each
         self.last = jnp.minimum(self.first + each, pl.cdiv(self.count, _TILE))
         self._keys = key, new_key
@@ -151,15 +189,17 @@ class _Tokens:
         """Of a tile: place in time, slot, whether it is one, whether it is of the new frame."""
         order = number * _TILE + jnp.arange(_TILE)
         live = order < self.count
-        slot = triton.load(self._slots.at[self.video, order], mask=live, other=_NOWHERE)
+        at = self.layer, self.video, order
+        slot = triton.load(self._slots.at[at], mask=live, other=_NOWHERE)
         return order, slot, live, live & (order >= self.old)
 
     def take(self, kept, new, tile):
         """[tile, D]: of the older tokens what their slots hold, of the new ones what comes in."""
         order, slot, live, is_new = tile
         across = self._across[None]
-        there = self.video, self.head, slot[:, None], across
-        here = self.frame, self.video, self.head, (order - self.old)[:, None], across
+        there = self.layer, self.video, self.head, slot[:, None], across
+        place = (order - self.old)[:, None]
+        here = self.layer, self.frame, self.video, self.head, place, across
         older = triton.load(kept.at[there], mask=(live & ~is_new)[:, None], other=0)
         return older + triton.load(new.at[here], mask=is_new[:, None], other=0)
 
@@ -177,7 +217,7 @@ def _product(left: jax.Array, right: jax.Array) -> jax.Array:
 
 
 def _call_measure(at, memory, frames, rows, programs: int, interpret: bool):
-    batch, heads = memory.key.shape[:2]
+    batch, heads = memory.key.shape[1:3]
     shape = jax.ShapeDtypeStruct((batch, heads, programs, rows.shape[3]), jnp.float32)
     return pl.pallas_call(
         functools.partial(_measure, programs=programs),
@@ -207,7 +247,7 @@ def _measure(*refs, programs: int):
 
 
 def _call_attend(at, memory, frames, rows, weights, measures, parts, interpret: bool):
-    batch, heads, slots, _ = memory.key.shape
+    batch, heads, slots = memory.key.shape[1:4]
     programs = parts.shape[3]
     changed = memory.key, memory.value, parts
     sums = jax.ShapeDtypeStruct((batch, heads, slots), jnp.float32)
@@ -229,7 +269,7 @@ def _attend(*refs, programs: int):
     at, (slots, length, new_key, new_value, rows, weights, most, total) = refs[3:5], refs[5:13]
     key, value, parts, sums = refs[13:]
     tokens = _Tokens(at, slots, length, key, new_key, programs)
-    frame, video, head = tokens.frame, tokens.video, tokens.head
+    layer, frame, video, head = tokens.layer, tokens.frame, tokens.video, tokens.head
     query, counts = rows[frame, video, head], weights[video]
     is_real = at[1][frame, video] > 0
     across = jnp.arange(query.shape[1])
@@ -242,7 +282,7 @@ def _attend(*refs, programs: int):
         keys, logits = tokens.logits(query, tile)
         values = tokens.take(value, new_value, tile)
         written = is_new & is_real
-        free = video, head, jnp.where(written, slot, _NOWHERE)[:, None], across[None]
+        free = layer, video, head, jnp.where(written, slot, _NOWHERE)[:, None], across[None]
         triton.store(key.at[free], keys, mask=written[:, None])
         triton.store(value.at[free], values, mask=written[:, None])
         probs = jnp.exp(logits - highest[:, None]) / whole[:, None]
@@ -261,12 +301,12 @@ def _attend(*refs, programs: int):
 def _call_retain(at, memory, retention, frames, sums, interpret: bool):
     changed = memory.score, memory.frame, memory.patch, memory.slots, memory.length
     score, frame, patch, slots, length = pl.pallas_call(
-        functools.partial(_retain, tokens=frames.key.shape[3], interpret=interpret),
+        functools.partial(_retain, tokens=frames.key.shape[4], interpret=interpret),
         out_shape=_like(*changed),
-        grid=(len(memory.length),),
+        grid=memory.length.shape[1:],
         input_output_aliases={i: i for i in range(len(changed))},
         name="memory_retain",
-        **_options(4 if memory.slots.shape[1] <= 1024 else 8, interpret),
+        **_options(4 if memory.slots.shape[2] <= 1024 else 8, interpret),
     )(*changed, *at, frames.index, retention.recent, retention.older, sums)
     return memory.replace(score=score, frame=frame, patch=patch, slots=slots, length=length)
 
@@ -274,13 +314,13 @@ def _call_retain(at, memory, retention, frames, sums, interpret: bool):
 def _retain(*refs, tokens: int, interpret: bool):
     (place, valid), (index, recent_of, older_of, sums) = refs[5:7], refs[7:11]
     score, frame, patch, slots, length = refs[11:]
-    video, now = pl.program_id(0), place[0]
+    video, now, layer = pl.program_id(0), place[0], place[1]
     heads, total = sums.shape[1:]
     order = jnp.arange(pl.next_power_of_2(total))
     inside, is_real = order < total, valid[now, video] > 0
-    old = length[video]
+    old = length[layer, video]
     count = old + tokens
-    recent, older = recent_of[count], older_of[count]
+    recent, older = recent_of[layer, count], older_of[layer, count]
     live, candidate = order < count, order < count - recent
 
     def add(head, found):
@@ -302,14 +342,14 @@ def _retain(*refs, tokens: int, interpret: bool):
     first, kept = jnp.cumsum(keep), recent + older
     to = jnp.where(keep > 0, first - 1, kept + order - first)
 
-    slot = triton.load(slots.at[video, order], mask=inside, other=_NOWHERE)
+    slot = triton.load(slots.at[layer, video, order], mask=inside, other=_NOWHERE)
     if not interpret:
         triton.debug_barrier()  # all have read before one writes
     written = inside & is_real
-    triton.store(slots.at[video, jnp.where(written, to, _NOWHERE)], slot, mask=written)
-    triton.store(score.at[video, slot], jnp.where(live, ranked, 0.0), mask=written)
+    triton.store(slots.at[layer, video, jnp.where(written, to, _NOWHERE)], slot, mask=written)
+    triton.store(score.at[layer, video, slot], jnp.where(live, ranked, 0.0), mask=written)
     new = live & (order >= old) & is_real
     slot = jnp.where(new, slot, _NOWHERE)
-    triton.store(frame.at[video, slot], jnp.full(order.shape, index[now, video]), mask=new)
-    triton.store(patch.at[video, slot], order - old, mask=new)
-    length[video] = jnp.where(is_real, kept, old)
+    triton.store(frame.at[layer, video, slot], jnp.full(order.shape, index[now, video]), mask=new)
+    triton.store(patch.at[layer, video, slot], order - old, mask=new)
+    length[layer, video] = jnp.where(is_real, kept, old)

@@ -14,7 +14,8 @@ Axes: B videos, F frames of a chunk, N queries, R text tokens, E width, H heads,
 P visual tokens a frame, V vision width, L cross-attention layers.
 """
 
-from typing import ClassVar
+import functools
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -29,7 +30,6 @@ from adacm2_jax.memory.slots import (
     Queries,
     Retention,
     VideoMemory,
-    read_frames,
     retain_together,
     store_frames,
 )
@@ -169,6 +169,7 @@ class CrossAttention(nn.Module):
     score_rows: str
     deterministic: bool
     fused_memory: bool = False
+    layer: int | None = None
 
     @nn.compact
     def __call__(
@@ -180,7 +181,11 @@ class CrossAttention(nn.Module):
         memory: VideoMemory,
         retention: Retention,
     ) -> tuple[jax.Array, VideoMemory]:
-        """Query rows [B, F, N, E] read one layer's memory; text rows [B, F, R, E] may score."""
+        """Query rows [B, F, N, E] read one layer's memory; text rows [B, F, R, E] may score.
+
+        ``frames``, ``memory`` and ``retention`` are that layer's, or all layers' and it is
+        ``layer`` of them, whose memory is changed.
+        """
         c = self.config
         shape = (c.width, c.num_heads, c.width // c.num_heads)
         axes = ("embed", "heads", "head_dim")
@@ -201,10 +206,11 @@ class CrossAttention(nn.Module):
             text_mask=text_mask,
             rows_score=self.score_rows != "text",
         )
+        given = memory, retention, frames, rows, self.layer
         if self.fused_memory and dropout is None:
-            attended, memory = fused.read_frames(memory, retention, frames, rows)
+            attended, memory = fused.read_frames(*given)
         else:
-            attended, memory = read_frames(memory, retention, frames, rows, dropout)
+            attended, memory = fused.read_plainly(*given, dropout)
         attended = attended.transpose(1, 0, 3, 2, 4)  # [F, B, H, N, D] → [B, F, N, H, D]
         hidden_dropout = nn.Dropout(c.dropout, deterministic=self.deterministic)
         return attention_output(c, hidden_dropout, queries, attended), memory
@@ -229,10 +235,12 @@ class Group(nn.Module):
     score_rows: str
     deterministic: bool
     fused_memory: bool = False
+    layer: int | None = None
 
     @nn.compact
     def __call__(self, x, text_mask, frames_valid, inputs):
-        """Carries x [B, F, N + R, E]; ``inputs`` are this layer's key, value, memory, counts."""
+        """Carries x [B, F, N + R, E]; ``inputs`` are key, value, memory and counts: this layer's,
+        or all layers' and it is ``layer`` of them."""
         c = self.config
         index, valid = frames_valid
         key, value, memory, retention = inputs
@@ -245,13 +253,8 @@ class Group(nn.Module):
             x = x.reshape(batch, frames, rows, width)
             queries, text = x[:, :, : c.num_queries], x[:, :, c.num_queries :]
             if i == 0:
-                read = CrossAttention(
-                    c,
-                    self.score_rows,
-                    self.deterministic,
-                    self.fused_memory,
-                    name="cross_attention",
-                )
+                how = self.score_rows, self.deterministic, self.fused_memory, self.layer
+                read = CrossAttention(c, *how, name="cross_attention")
                 queries, memory = read(
                     queries, text, text_mask, Frames(key, value, index, valid), memory, retention
                 )
@@ -259,6 +262,15 @@ class Group(nn.Module):
             text = FeedForward(c, self.deterministic, name=f"text_ffn_{i}")(text)
             x = jnp.concatenate([queries, text], axis=2)
         return x, memory
+
+
+def _one_after_another(group_of, apart: tuple[dict, ...], x, text_mask, numbers, inputs):
+    """What a scan over stacked layers computes, of layers with parameters of their own."""
+    key, value, memory, retention = inputs
+    for layer, own in enumerate(apart):
+        given = x, text_mask, numbers, (key, value, memory, retention)
+        x, memory = group_of(layer=layer).apply({"params": own}, *given)
+    return x, memory
 
 
 def input_rows(
@@ -399,7 +411,12 @@ class QFormer(nn.Module):
             unroll=c.num_cross_layers if self.fused_memory else 1,
         )
         settings = c, self.memory_config.score_rows, deterministic, self.fused_memory
-        layers = groups(*settings, name="groups")
+        apart: Any = self.get_variable("params", "groups")
+        if isinstance(apart, tuple):  # see params.unstacked
+            group_of = functools.partial(Group, *settings, parent=None)
+            layers: Any = functools.partial(_one_after_another, group_of, apart)
+        else:
+            layers = groups(*settings, name="groups")
 
         def read(layers, memory, frames):
             rows = jnp.broadcast_to(x[:, None], (len(x), len(frames.index)) + x.shape[1:])

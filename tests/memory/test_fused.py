@@ -15,7 +15,7 @@ from adacm2_jax.models.adacm2 import AdaCM2, Question, call, init_params, init_s
 from tests.small import quick_compilation
 
 VIDEOS, FRAMES, HEADS, WIDTH, ROWS, TEXT = 2, 4, 3, 16, 5, 3
-KERNELS = jax.jit(by_kernels, static_argnames="interpret")
+KERNELS = jax.jit(by_kernels, static_argnames=("layer", "interpret"))
 PLAIN = jax.jit(read_frames)
 
 
@@ -109,6 +109,38 @@ def test_a_padded_frame_may_hold_anything():
     nothing = frames.replace(key=frames.key * jnp.nan, valid=jnp.zeros((FRAMES, VIDEOS), bool))
     _, after = KERNELS(before, retention, nothing, rows, interpret=True)
     jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+def test_of_all_layers_one_is_changed_where_it_lies():
+    """Layers that differ in what they hold and in what they may hold."""
+    rng, tokens = np.random.default_rng(2), 7
+    config = MemoryConfig(recent_ratio="0.1,0.3,0.2", conserve_ratio="0.2,0.1,0.4")
+    plan = retention_plan(config, tokens, 3)
+    counts = Retention(
+        recent=jnp.asarray(plan.recent),
+        older=jnp.asarray(plan.older),
+        seed=jnp.zeros((3, VIDEOS), jnp.uint32),
+        max_older=int(plan.older.max()),
+        ranking=plan.ranking,
+    )
+    one = init_memory(VIDEOS, HEADS, WIDTH, plan.capacity, tokens, jnp.float32)
+    memory = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), one)
+    expected = [one] * 3
+    for part in range(2):
+        for layer in (0, 2, 1, 2):
+            frames, rows = chunk(rng, tokens, part * FRAMES, False)
+            own = jax.tree.map(lambda leaf, layer=layer: leaf[layer], counts)
+            wanted, expected[layer] = KERNELS(expected[layer], own, frames, rows, interpret=True)
+            noise = jnp.full_like(frames.key, jnp.nan)
+            whole = frames.replace(
+                key=jnp.stack([noise] * layer + [frames.key] + [noise] * (2 - layer)),
+                value=jnp.stack([noise] * layer + [frames.value] + [noise] * (2 - layer)),
+            )
+            given = memory, counts, whole, rows
+            attended, memory = KERNELS(*given, layer=layer, interpret=True)
+            np.testing.assert_array_equal(attended, wanted)
+    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *expected)
+    jax.tree.map(np.testing.assert_array_equal, memory, together)
 
 
 def test_what_the_kernels_cannot_do_is_left_to_xla():

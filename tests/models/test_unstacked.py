@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adacm2_jax.config import tiny
+from adacm2_jax.config import MemoryConfig, tiny
 from adacm2_jax.inference.encoder import fingerprint
 from adacm2_jax.inference.generate import GenerationConfig, generate
-from adacm2_jax.models.adacm2 import AdaCM2, Question, call, init_params
+from adacm2_jax.models.adacm2 import AdaCM2, Question, call, init_params, init_state
 from adacm2_jax.models.params import unstacked
 from tests.small import quick_compilation
 
@@ -69,6 +69,37 @@ def test_the_vit_is_the_same():
         for params in (stacked(), unstacked(stacked()))
     )
     np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        dict(),
+        dict(novelty=0.5),
+        dict(shared_choice=True),
+        dict(policy="uniform"),
+        dict(policy="merge", bank_frames=2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_q_former_is_the_same(memory, fused):
+    """Also by programs that loop over its layers, which have to stack them again."""
+    config = dataclasses.replace(CONFIG, memory=MemoryConfig(**memory), fused_memory=fused)
+    rng = np.random.default_rng(2)
+    tokens = config.vision.tokens_per_frame, config.vision.width
+    features = jnp.asarray(rng.normal(size=(2, 3, *tokens)), jnp.float32)
+    valid = jnp.asarray([[True] * 3, [True] * 2 + [False]])
+    _, question = asked()
+
+    def read(params):
+        state = init_state(config, jnp.zeros(2, jnp.int32))
+        run = jax.jit(call, static_argnums=(0, 2))
+        return run(AdaCM2(config), params, "read", features, valid, question, state)
+
+    one, other = read(stacked(config)), read(unstacked(stacked(config), qformer=True))
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), one, other)
 
 
 @pytest.mark.parametrize("depth", [1, 2])
