@@ -162,14 +162,14 @@ DECODED = ((1, 1, "int8"), (1, 1, ""), (8, 1, ""), (1, 5, ""), (8, 5, ""), (1, 1
 
 #: Of the kernel that multiplies by a matrix of eight bits.
 SHAPES = (
+    int8_product.Shape(ahead=4),
     int8_product.Shape(),
-    int8_product.Shape(parts=16),
-    int8_product.Shape(parts=32),
-    int8_product.Shape(tall=64, parts=16),
+    int8_product.Shape(parts=16, ahead=4),
+    int8_product.Shape(tall=64, parts=16, ahead=4),
+    int8_product.Shape(wide=512, tall=16, parts=64, ahead=4),
+    int8_product.Shape(wide=128, tall=64, parts=16, ahead=4),
+    int8_product.Shape(parts=16, ahead=2),
     int8_product.Shape(tall=64, parts=32),
-    int8_product.Shape(tall=64, parts=32, warps=2),
-    int8_product.Shape(wide=32, parts=16),
-    int8_product.Shape(wide=128, tall=32, parts=32),
 )
 
 

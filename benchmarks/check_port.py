@@ -9,6 +9,7 @@ import argparse
 import json
 import pathlib
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -87,7 +88,8 @@ def write_tokenizers(directory: pathlib.Path) -> None:
 def convert(source: pathlib.Path, target: pathlib.Path) -> None:
     """In a process of its own, whose peak memory is then that of the children."""
     command = [sys.executable, "-m", "adacm2_jax.port", "import"]
-    for options in (["--force"], ["--force", "--verify"]):
+    for options in ([], ["--verify"]):
+        shutil.rmtree(target, ignore_errors=True)  # beside it the disk need not hold another
         start = time.perf_counter()
         subprocess.run(
             [*command, "--src", source, "--dst", target, *options],
@@ -96,7 +98,7 @@ def convert(source: pathlib.Path, target: pathlib.Path) -> None:
         )
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
         seconds = time.perf_counter() - start
-        print(f"import {' '.join(options[1:])}: {seconds:.0f} s, peak {peak:.2f} GB", flush=True)
+        print(f"import {' '.join(options)}: {seconds:.0f} s, peak {peak:.2f} GB", flush=True)
 
 
 def answer(weights: pathlib.Path, frames: int, dtype: str) -> None:

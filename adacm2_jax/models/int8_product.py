@@ -24,13 +24,15 @@ MOST_ROWS = 4
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """How the work is dealt out: columns of a program and rows at once, programs that share a
-    column, warps of each, and loads under way. The default was the fastest of six on an H100."""
+    column, warps of each, loads under way by Triton, and parts of the matrix that are loaded before
+    one is multiplied. The default was the fastest of six on an H100."""
 
     wide: int = 64
     tall: int = 128
     parts: int = 8
     warps: int = 4
     stages: int = 3
+    ahead: int = 1
 
 
 SHAPE = Shape()
@@ -69,7 +71,7 @@ def by_kernel(
     rows = x.reshape(-1, depth)
     steps = pl.cdiv(pl.cdiv(depth, shape.tall), shape.parts)
     sums = pl.pallas_call(
-        functools.partial(_multiply, wide=shape.wide, tall=shape.tall, steps=steps),
+        functools.partial(_multiply, shape=shape, steps=steps),
         out_shape=jax.ShapeDtypeStruct((shape.parts, len(rows), width), jnp.float32),
         grid=(pl.cdiv(width, shape.wide), shape.parts),
         name="int8_product",
@@ -81,24 +83,33 @@ def by_kernel(
     return total.reshape(*x.shape[:-1], width)
 
 
-def _multiply(x, kernel, sums, *, wide: int, tall: int, steps: int):
-    depth, width = kernel.shape
+def _multiply(x, kernel, sums, *, shape: Shape, steps: int):
+    (depth, width), wide, tall = kernel.shape, shape.wide, shape.tall
     part = pl.program_id(1)
     column = pl.program_id(0) * wide + jnp.arange(wide)
     inside = None if width % wide == 0 else column < width
 
-    def add(step, totals):
+    def load(step):
         place = (part * steps + step) * tall + jnp.arange(tall)
-        there = place < depth
+        there = (place < depth) & (step < steps)
         mask = there[:, None] if inside is None else there[:, None] & inside[None]
         at = place[:, None], column[None]
-        weights = triton.load(kernel.at[at], mask=mask, other=0).astype(jnp.float32)
-        given = [triton.load(x.at[row, place], mask=there, other=0) for row in range(len(totals))]
-        return tuple(
-            total + weights * one.astype(jnp.float32)[:, None]
-            for total, one in zip(totals, given, strict=True)
-        )
+        weights = triton.load(kernel.at[at], mask=mask, other=0)
+        rows = [triton.load(x.at[row, place], mask=there, other=0) for row in range(x.shape[0])]
+        return weights, rows
+
+    def add(turn, totals):
+        # All loads first: a card keeps busy what is under way, not what waits for its turn.
+        loaded = [load(turn * shape.ahead + number) for number in range(shape.ahead)]
+        for weights, rows in loaded:
+            weights = weights.astype(jnp.float32)
+            totals = tuple(
+                total + weights * row.astype(jnp.float32)[:, None]
+                for total, row in zip(totals, rows, strict=True)
+            )
+        return totals
 
     start = (jnp.zeros((tall, wide), jnp.float32),) * x.shape[0]
-    for row, total in enumerate(jax.lax.fori_loop(0, steps, add, start)):
+    turns = pl.cdiv(steps, shape.ahead)
+    for row, total in enumerate(jax.lax.fori_loop(0, turns, add, start)):
         triton.store(sums.at[part, row, column], total.sum(0), mask=inside)

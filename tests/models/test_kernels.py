@@ -62,7 +62,7 @@ def test_rows_by_a_matrix_of_eight_bits(rows, depth, width, dtype):
 
 
 @pytest.mark.parametrize(
-    "shape", [int8_product.Shape(wide=32, tall=16, parts=3), int8_product.SHAPE]
+    "shape", [int8_product.Shape(wide=32, tall=16, parts=3, ahead=3), int8_product.SHAPE]
 )
 def test_how_the_work_is_dealt_out_does_not_matter(shape):
     x, matrix = draw(0, 2, 5, 384), np.random.default_rng(1).integers(-127, 128, (384, 96))
