@@ -94,6 +94,9 @@ def section_train(rows: Rows, size: Size) -> None:
         if rows.late(name):
             continue
         if _step(rows, name, size, batch, size.frames, timed=True):
+            name += ", epilogues"
+            if not rows.late(name):
+                _step(rows, name, size, batch, size.frames, timed=True, fused_epilogues=True)
             break
     for frames in (16, 1000) if not size.tiny else (4, 8):
         name = f"batch {size.batches[-1]}, T {frames}"
@@ -102,9 +105,11 @@ def section_train(rows: Rows, size: Size) -> None:
         _step(rows, name, size, size.batches[-1], frames, timed=False)
 
 
-def _step(rows: Rows, name: str, size: Size, batch: int, frames: int, *, timed: bool) -> bool:
+def _step(
+    rows: Rows, name: str, size: Size, batch: int, frames: int, *, timed: bool, **fused: bool
+) -> bool:
     """One row; returns whether the step fits."""
-    config = size.config(fused_vision=True)
+    config = size.config(**fused)
     rule = OptimConfig().rule
     groups = rule.pop("groups")
     mesh = make_mesh((1, 1), jax.devices()[:1])

@@ -121,7 +121,7 @@ class AdaCM2Config:
       fused_vision: the ViT's attention by cuDNN, and fewer kernels beside it in a model that is
         asked, where an NVIDIA GPU computes in half precision.
       fused_epilogues: the ViT's biases and GELU, by tanh, within its products, where an NVIDIA GPU
-        reads in half precision; see ``layers.fused_gelu``.
+        computes in half precision; see ``layers.fused_gelu``.
       fused_memory: a frame's step of the memory by three kernels of ours, where a GPU reads without
         a gradient and tokens are ranked by attention; see memory/fused.py.
     """

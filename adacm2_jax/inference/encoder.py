@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adacm2_jax.config import AdaCM2Config
 from adacm2_jax.models.adacm2 import AdaCM2, call
+from adacm2_jax.models.cuda import compiler_options
 from adacm2_jax.models.params import by_path
 from adacm2_jax.sharding import on_every_shard, replicated
 
@@ -59,9 +60,7 @@ class Encoder:
     def __init__(
         self, config: AdaCM2Config, params: dict, mesh: Mesh, images: tuple[int, int, int]
     ):
-        # As a training step computes them, which has no epilogues.
-        config = dataclasses.replace(config, fused_epilogues=False)
-        # The table is not read, but the module has it.
+        # Not read, but the module has it.
         table = jnp.zeros((config.temporal_positions, config.vision.width))
         table = jax.device_put(table, replicated(mesh))
         self._params = {"vision": params["vision"], "temporal_embed": table}
@@ -76,7 +75,7 @@ class Encoder:
             )
             return run(params, frames[:, None])[:, 0]
 
-        self._encode = jax.jit(encode)
+        self._encode = jax.jit(encode, compiler_options=compiler_options(config))
 
     def clips(self, num_frames: int) -> int:
         """So many clips of T frames fill the devices about as training does."""

@@ -130,7 +130,7 @@ def by_kernels(
 
     def step(place, carry):
         memory, parts = carry
-        at = jnp.stack([place, jnp.int32(layer)]), valid
+        at = place[None], jnp.full(1, layer, jnp.int32), valid
         measures = _call_measure(at, memory, frames, rows, programs, interpret)
         memory, parts, sums = _call_attend(
             at, memory, frames, rows, weights, measures, parts, interpret
@@ -174,8 +174,8 @@ class _Tokens:
     """The tokens of one video in time order, as one head's program reads them."""
 
     def __init__(self, at, slots, length, key, new_key, programs: int):
-        place, _ = at
-        self.frame, self.layer = place[0], place[1]
+        place, layer, _ = at
+        self.frame, self.layer = place[0], layer[0]
         self.video, self.head = pl.program_id(0), pl.program_id(1)
         self.old, (tokens, width) = length[self.layer, self.video], new_key.shape[4:]
         self.count = self.old + tokens
@@ -229,7 +229,7 @@ def _call_measure(at, memory, frames, rows, programs: int, interpret: bool):
 
 
 def _measure(*refs, programs: int):
-    at, (slots, length, key, new_key, rows, most_out, total_out) = refs[:2], refs[2:]
+    at, (slots, length, key, new_key, rows, most_out, total_out) = refs[:3], refs[3:]
     tokens = _Tokens(at, slots, length, key, new_key, programs)
     query = rows[tokens.frame, tokens.video, tokens.head]
 
@@ -266,12 +266,12 @@ def _call_attend(at, memory, frames, rows, weights, measures, parts, interpret: 
 
 
 def _attend(*refs, programs: int):
-    at, (slots, length, new_key, new_value, rows, weights, most, total) = refs[3:5], refs[5:13]
-    key, value, parts, sums = refs[13:]
+    at, (slots, length, new_key, new_value, rows, weights, most, total) = refs[3:6], refs[6:14]
+    key, value, parts, sums = refs[14:]
     tokens = _Tokens(at, slots, length, key, new_key, programs)
     layer, frame, video, head = tokens.layer, tokens.frame, tokens.video, tokens.head
     query, counts = rows[frame, video, head], weights[video]
-    is_real = at[1][frame, video] > 0
+    is_real = at[2][frame, video] > 0
     across = jnp.arange(query.shape[1])
     measured = most[video, head]
     highest = measured.max(0)
@@ -312,9 +312,9 @@ def _call_retain(at, memory, retention, frames, sums, interpret: bool):
 
 
 def _retain(*refs, tokens: int, interpret: bool):
-    (place, valid), (index, recent_of, older_of, sums) = refs[5:7], refs[7:11]
-    score, frame, patch, slots, length = refs[11:]
-    video, now, layer = pl.program_id(0), place[0], place[1]
+    (place, layer, valid), (index, recent_of, older_of, sums) = refs[5:8], refs[8:12]
+    score, frame, patch, slots, length = refs[12:]
+    video, now, layer = pl.program_id(0), place[0], layer[0]
     heads, total = sums.shape[1:]
     order = jnp.arange(pl.next_power_of_2(total))
     inside, is_real = order < total, valid[now, video] > 0

@@ -2,10 +2,19 @@
 
 import importlib.util
 
-#: Compiler's options for a program whose products are large: all by cuBLASLt, which adds biases and
-#: applies GELU within a product. XLA's own kernels for products are out of its choice then, and
-#: with them what it leaves outside of a product to have that choice. Other compilers ignore them.
-EPILOGUES = {"xla_gpu_enable_triton_gemm": False}
+from adacm2_jax.config import AdaCM2Config
+
+_EPILOGUES = {"xla_gpu_enable_triton_gemm": False}
+
+
+def compiler_options(config: AdaCM2Config) -> dict[str, bool] | None:
+    """Of a program with the ViT, which no other program may call if there are any.
+
+    With ``model.fused_epilogues`` all products are by cuBLASLt, which adds biases and applies GELU
+    within a product. XLA's own kernels are out of its choice then, and with them what it leaves
+    outside of a product to have that choice. Compilers for other devices ignore them.
+    """
+    return _EPILOGUES if config.fused_epilogues else None
 
 
 def has_cuda() -> bool:

@@ -166,7 +166,7 @@ def gelu(x: jax.Array) -> jax.Array:
 
 def fused_gelu(x: jax.Array) -> jax.Array:
     """:func:`gelu` in half precision within the product that ``x`` is the result of, where the
-    program is for an NVIDIA GPU and compiled with :data:`cuda.EPILOGUES`.
+    program is for an NVIDIA GPU and compiled with :func:`cuda.compiler_options`.
 
     cuBLASLt has a GELU of its own for that, by tanh, of the sum before it is rounded. It is 4.8e-4
     off the exact one at most; root mean square it is off a tenth of what rounding the sum to

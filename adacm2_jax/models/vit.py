@@ -88,15 +88,16 @@ class Block(nn.Module):
         shape = (c.width, c.num_heads, c.width // c.num_heads)
         axes = ("vision", "heads", "head_dim")
         half = self.dtype in (jnp.bfloat16, jnp.float16)  # the kernels add up in float32
-        fewer = self.fused and self.adds_later and half and has_cuda()
+        by_library = self.fused and half and has_cuda()
+        fewer = by_library and self.adds_later
         norm = functools.partial(Norm, c.layer_norm_eps, self.dtype, fewer)
         x, y = norm(name="norm1")(x, added)
         # Of products of the same rows XLA makes one, and for that puts their weights together, for
         # every chunk anew, and takes its result apart; of rows that only it cannot tell apart, not.
         rows = jax.lax.optimization_barrier((y, y, y)) if fewer else (y, y, y)
-        query = Dense(shape, axes, flat=fewer, name="query")(rows[0])
+        query = Dense(shape, axes, flat=by_library, name="query")(rows[0])
         key = Dense(shape, axes, use_bias=False, name="key")(rows[1])
-        value = Dense(shape, axes, flat=fewer, name="value")(rows[2])
+        value = Dense(shape, axes, flat=by_library, name="value")(rows[2])
         y = (fused_attention if self.fused else attention)(query, key, value)
         y = Dense(shape[1:] + shape[:1], axes[1:] + axes[:1], num_inputs=2, name="out")(y)
         x, y = norm(name="norm2")(x, y)

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from adacm2_jax.config import AdaCM2Config
 from adacm2_jax.errors import UserError
 from adacm2_jax.models.adacm2 import AdaCM2, Question, call, init_state
+from adacm2_jax.models.cuda import compiler_options
 from adacm2_jax.models.params import join_params
 from adacm2_jax.sharding import replicated
 from adacm2_jax.training.optim import gradient_norms
@@ -212,8 +213,8 @@ def loss_fn(
       UserError: where the gradient would not be exact, see :func:`check_step`.
     """
     check_step(options, learned, batch.valid.shape[1])
-    # The kernels of a fused memory have no gradient, and a step is not compiled for epilogues.
-    model = AdaCM2(dataclasses.replace(config, fused_memory=False, fused_epilogues=False))
+    # The kernels of a fused memory have no gradient.
+    model = AdaCM2(dataclasses.replace(config, fused_memory=False))
     params = join_params(learned, frozen)
     state = init_state(config, batch.valid.sum(1), batch.seed)
     dropout = dict(deterministic=False, rngs={"dropout": rng})
@@ -290,8 +291,9 @@ def make_train_step(
     """
 
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    given = dict(out_shardings=(places, None), compiler_options=compiler_options(config))
 
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(places, None))
+    @functools.partial(jax.jit, donate_argnums=0, **given)
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         loss, accuracy, gradients = loss_and_gradients(

@@ -7,18 +7,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from adacm2_jax.config import MemoryConfig
 from adacm2_jax.errors import UserError
 from adacm2_jax.models.adacm2 import AdaCM2, Question, init_params, init_state
 from adacm2_jax.models.params import join_params, split_params
+from adacm2_jax.sharding import make_mesh, replicated
 from adacm2_jax.training.step import (
     Batch,
     StepConfig,
     check_step,
+    init_train_state,
     loss_and_gradients,
     loss_fn,
+    make_train_step,
 )
 from adacm2_jax.training.two_phase import read_all_but_last
 from tests.small import quick_compilation, small_model
@@ -232,3 +236,19 @@ def test_a_vit_that_learns_needs_the_whole_scan():
 def test_what_a_step_cannot_be_is_refused(fields, words):
     with pytest.raises(UserError, match=words):
         StepConfig(**fields)
+
+
+def test_a_step_with_epilogues_is_the_same_where_there_is_no_nvidia_gpu():
+    """And the compiler takes the options, which are not for it."""
+    mesh = make_mesh((1, 1), jax.devices()[:1])
+    found = []
+    for fused in (False, True):
+        config = dataclasses.replace(EXACT, dtype="bfloat16", fused_epilogues=fused)
+        given = jax.device_put(split_params(random_params("float32"), GROUPS), replicated(mesh))
+        state = init_train_state(*given, optax.sgd(0.1), mesh)
+        step = make_train_step(config, optax.sgd(0.1), 0, state, StepConfig("two_phase", 2))
+        with quick_compilation(), jax.set_mesh(mesh):
+            found.append(jax.device_get(step(state, make_batch(3, pixels=True))))
+    plain, fused = found
+    assert plain[1]["grad_norm"] > 0
+    jax.tree.map(np.testing.assert_array_equal, fused, plain)
