@@ -44,6 +44,8 @@ _UNROLLED = 16
 #: A slot that there is none of: where a mask lets nothing be written, and the interpreter, which
 #: writes there what was there, must not meet another value.
 _NOWHERE = 1 << 24
+#: Three counts of fewer than 2 to that power stand in an int32.
+_COUNT_BITS = 10
 _LEAST = float(jnp.finfo(jnp.float32).min)
 
 
@@ -311,6 +313,33 @@ def _call_retain(at, memory, retention, frames, sums, interpret: bool):
     return memory.replace(score=score, frame=frame, patch=patch, slots=slots, length=length)
 
 
+def _nth_largest(values: jax.Array, count: jax.Array) -> jax.Array:
+    """The largest number that ``count`` of the int32 ``values`` reach; 0 and more are counted.
+
+    Bit by bit from the highest down. A sum over all threads is what takes the time, so two bits are
+    found by one, where it has room for the counts of three candidates.
+    """
+
+    def reach(least: jax.Array) -> jax.Array:
+        return (values >= least).astype(jnp.int32)
+
+    def set_bit(step, bound):
+        higher = bound | (jnp.int32(1) << (30 - step))
+        return jnp.where(reach(higher).sum() >= count, higher, bound)
+
+    def set_two_bits(step, bound):
+        low = 28 - 2 * step
+        one, two, three = (reach(bound | (jnp.int32(n) << low)) for n in (1, 2, 3))
+        counts = (one + (two << _COUNT_BITS) + (three << 2 * _COUNT_BITS)).sum()
+        reached = [counts >> n * _COUNT_BITS & (1 << _COUNT_BITS) - 1 for n in range(3)]
+        digit = sum((number >= count).astype(jnp.int32) for number in reached)
+        return bound | (digit << low)
+
+    if len(values) >= 1 << _COUNT_BITS:
+        return jax.lax.fori_loop(0, 31, set_bit, jnp.int32(0))
+    return jax.lax.fori_loop(0, 15, set_two_bits, set_bit(0, jnp.int32(0)))
+
+
 def _retain(*refs, tokens: int, interpret: bool):
     (place, layer, valid), (index, recent_of, older_of, sums) = refs[5:8], refs[8:12]
     score, frame, patch, slots, length = refs[12:]
@@ -330,11 +359,7 @@ def _retain(*refs, tokens: int, interpret: bool):
     # Of numbers from 0 on the bits, read as an integer, stand in the numbers' order.
     bits = jnp.where(candidate, jax.lax.bitcast_convert_type(ranked, jnp.int32), -1)
 
-    def set_bit(step, bound):
-        higher = bound | (jnp.int32(1) << (30 - step))
-        return jnp.where((bits >= higher).astype(jnp.int32).sum() >= older, higher, bound)
-
-    bound = jax.lax.fori_loop(0, 31, set_bit, jnp.int32(0))
+    bound = _nth_largest(bits, older)
     above, equal = bits > bound, (bits == bound).astype(jnp.int32)
     room = older - above.astype(jnp.int32).sum()
     is_chosen = above | ((equal > 0) & (jnp.cumsum(equal) <= room))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from adacm2_jax.config import MemoryConfig, memory_preset, tiny
-from adacm2_jax.memory.fused import by_kernels, fits
+from adacm2_jax.memory.fused import _nth_largest, by_kernels, fits
 from adacm2_jax.memory.policies import retention_plan
 from adacm2_jax.memory.slots import Frames, Queries, Retention, init_memory, read_frames
 from adacm2_jax.models.adacm2 import AdaCM2, Question, call, init_params, init_state
@@ -52,6 +52,7 @@ def chunk(rng: np.random.Generator, tokens: int, first: int, text: bool, dtype=j
         (memory_preset("eq6"), 7, True),
         (MemoryConfig(policy="budget", capacity=130, recent_ratio="0.5"), 9, True),
         (MemoryConfig(policy="full", max_frames=16), 9, False),
+        (MemoryConfig(policy="full", max_frames=120), 9, False),  # over 1,024 slots
     ),
     ids=lambda given: getattr(given, "policy", None),
 )
@@ -109,6 +110,19 @@ def test_a_padded_frame_may_hold_anything():
     nothing = frames.replace(key=frames.key * jnp.nan, valid=jnp.zeros((FRAMES, VIDEOS), bool))
     _, after = KERNELS(before, retention, nothing, rows, interpret=True)
     jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+@pytest.mark.parametrize("size", [16, 512, 1024])
+def test_the_number_that_so_many_reach(size):
+    """Of scores' bits, with equal ones and with some that do not count, against a sort."""
+    scores = np.random.default_rng(size).exponential(size=size).astype(np.float32).round(1)
+    values = np.where(np.arange(size) < size - 5, scores.view(np.int32), -1)
+    ordered = np.sort(values)[::-1]
+    counts = np.asarray([1, 2, size // 2, size - 5])
+    found = jax.vmap(_nth_largest, (None, 0))(jnp.asarray(values), jnp.asarray(counts))
+    np.testing.assert_array_equal(found, ordered[counts - 1])
+    largest = np.iinfo(np.int32).max  # none is wanted: none reaches it
+    assert _nth_largest(jnp.asarray(values), jnp.int32(0)) == largest
 
 
 def test_of_all_layers_one_is_changed_where_it_lies():
