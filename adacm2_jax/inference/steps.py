@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 from adacm2_jax.config import AdaCM2Config, MemoryConfig
 from adacm2_jax.inference.generate import Generated, GenerationConfig, generate
 from adacm2_jax.models.adacm2 import AdaCM2, Question, StreamState, call, state_specs
-from adacm2_jax.models.cuda import compiler_options
+from adacm2_jax.models.cuda import EPILOGUES
 from adacm2_jax.models.params import replicated_parts
 from adacm2_jax.sharding import ROWS, on_every_shard
 
@@ -42,12 +42,14 @@ def encode(model: AdaCM2, params: dict, frames: jax.Array) -> jax.Array:
     return run(replicated_parts(params), frames)
 
 
-@functools.cache
+_encode_with_epilogues = jax.jit(
+    inspect.unwrap(encode), static_argnums=0, compiler_options=EPILOGUES
+)
+
+
 def encoder(config: AdaCM2Config) -> Callable[..., jax.Array]:
-    """:func:`encode`, by a program with the compiler's options of the model, if it has any."""
-    if not (options := compiler_options(config)):
-        return encode
-    return jax.jit(inspect.unwrap(encode), static_argnums=0, compiler_options=options)
+    """:func:`encode`, with ``model.fused_epilogues`` by a program that is compiled for them."""
+    return _encode_with_epilogues if config.fused_epilogues else encode
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=5)

@@ -4,7 +4,8 @@ import importlib.util
 
 from adacm2_jax.config import AdaCM2Config
 
-_EPILOGUES = {"xla_gpu_enable_triton_gemm": False}
+#: See :func:`compiler_options`.
+EPILOGUES = {"xla_gpu_enable_triton_gemm": False}
 
 
 def compiler_options(config: AdaCM2Config) -> dict[str, bool] | None:
@@ -14,7 +15,7 @@ def compiler_options(config: AdaCM2Config) -> dict[str, bool] | None:
     within a product. XLA's own kernels are out of its choice then, and with them what it leaves
     outside of a product to have that choice. Compilers for other devices ignore them.
     """
-    return _EPILOGUES if config.fused_epilogues else None
+    return EPILOGUES if config.fused_epilogues else None
 
 
 def has_cuda() -> bool:
