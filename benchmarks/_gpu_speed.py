@@ -63,14 +63,11 @@ def section_stream(rows: Rows, size: Size) -> None:
     params = draw_params(config, READING)
     _vit(rows, size, params, size.images[0], "fused True", ", stacked")
     params = unstacked(params)
-    # The fused memory reads a Q-Former whose layers have weights of their own.
-    apart = unstacked({"qformer": jax.tree.map(jnp.copy, params["qformer"])}, qformer=True)
-    apart = params | apart
     alone = _vit_alone(rows, size, params)
     for case in size.streams:
         if rows.late(_name(*case)):
             continue
-        _stream(rows, size, {False: params, True: apart}, *case, alone)
+        _stream(rows, size, params, *case, alone)
 
 
 def _name(preset: str, videos: int, questions: int, chunk: int) -> str:
@@ -107,7 +104,7 @@ def _vit(
 def _stream(
     rows: Rows,
     size: Size,
-    params: dict[bool, dict],
+    params: dict,
     preset: str,
     videos: int,
     questions: int,
@@ -122,18 +119,18 @@ def _stream(
     }
     asked = ask(config, videos * questions, size.words)
     valid = jnp.ones((videos, chunk), bool)
-    features = encode(models[False], params[False], frames)
+    features = encode(models[False], params, frames)
     state = repeat_rows(init_state(config, jnp.zeros(videos, jnp.int32)), questions)
 
     def read(ours: bool) -> StreamState:
         nonlocal state
-        state = steps.read(models[ours], params[ours], features, valid, asked, state)
+        state = steps.read(models[ours], params, features, valid, asked, state)
         return state
 
     def together() -> StreamState:
         nonlocal state
-        encoded = encode(models[ours], params[ours], frames)
-        state = steps.read(models[ours], params[ours], encoded, valid, asked, state)
+        encoded = encode(models[ours], params, frames)
+        state = steps.read(models[ours], params, encoded, valid, asked, state)
         return state
 
     count, begun = videos * chunk, time.perf_counter()
@@ -273,7 +270,7 @@ def section_trace(rows: Rows, size: Size) -> None:
         if rows.late(name):
             continue
         config = size.config(fused_vision=fused, fused_memory=fused)
-        params = unstacked(draw_params(config, READING), qformer=fused)
+        params = unstacked(draw_params(config, READING))
         model, frames = AdaCM2(config), pixels(config, videos, size.chunk)
         asked = ask(config, videos, size.words)
         valid = jnp.ones(frames.shape[:2], bool)

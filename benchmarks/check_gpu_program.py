@@ -48,7 +48,7 @@ def program(config: AdaCM2Config, step: str, apart: bool = False, chunk: int = C
         return jax.ShapeDtypeStruct(dims, dtype, sharding=place)
 
     params = abstract_params(config, _GROUPS, mesh)
-    params = unstacked(params, config.fused_memory) if apart else params
+    params = unstacked(params) if apart else params
     side = config.vision.image_size
     if step == "encode":
         arguments = params, shape(jnp.uint8, 1, chunk, side, side, 3)

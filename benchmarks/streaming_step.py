@@ -21,6 +21,7 @@ from _torch_qformer import StreamingQFormer
 from adacm2_jax import config as configs
 from adacm2_jax.memory.policies import retention_counts
 from adacm2_jax.models.adacm2 import AdaCM2, Question, init_params, init_state
+from adacm2_jax.models.params import unstacked
 
 TEXT_TOKENS = 12
 CHUNKS = (1, 8, 16)
@@ -86,7 +87,7 @@ class Benchmark:
         mask = jnp.ones((1, TEXT_TOKENS), bool)
         tokens = jnp.asarray(ids[None], jnp.int32)
         question = Question(tokens, mask, tokens, mask)
-        self.params = jax.tree.map(jnp.asarray, params)
+        self.params = unstacked(jax.tree.map(jnp.asarray, params))
         model = AdaCM2(self.config)
 
         def read(params, features, state):

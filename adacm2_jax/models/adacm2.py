@@ -359,19 +359,7 @@ class AdaCM2(nn.Module):
 
 def call(model: AdaCM2, params: dict, method: str, *args: Any, **options: Any) -> Any:
     """``model.method(*args)`` with these parameters: a pure function."""
-    params = _readable(model.config, params)
     return model.apply({"params": params}, *args, method=method, **options)
-
-
-def _readable(config: AdaCM2Config, params: dict) -> dict:
-    """The Q-Former's layers stacked again, if they are not (``params.unstacked``), where they are
-    looped over frame by frame."""
-    layers = params.get("qformer", {}).get("groups")
-    frame_by_frame = qformer_type(config) is BankQFormer or config.memory.shared_choice
-    if not (isinstance(layers, tuple) and frame_by_frame):
-        return params
-    stacked = jax.tree.map(lambda *own: jnp.stack(own), *layers)
-    return params | {"qformer": params["qformer"] | {"groups": stacked}}
 
 
 def init_params(config: AdaCM2Config, key: jax.Array):

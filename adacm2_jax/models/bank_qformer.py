@@ -13,8 +13,9 @@ are constants to what follows, and of the query rows only those of the last fram
 Axes: as in ``qformer.py``; k questions of a video, M frames of a bank, G layers of a group.
 """
 
+import functools
 import operator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 from adacm2_jax.config import MemoryConfig, QFormerConfig
 from adacm2_jax.errors import UserError
 from adacm2_jax.memory.banks import Bank, BankMemory, append, live, shrink
-from adacm2_jax.models.layers import Dense, attention, rematerialised
+from adacm2_jax.models.layers import Dense, attention, one_by_one, rematerialised
 from adacm2_jax.models.qformer import (
     Chunk,
     FeedForward,
@@ -91,6 +92,16 @@ class BankGroup(nn.Module):
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *after)
 
 
+def _one_after_another(group: BankGroup, apart: tuple[dict, ...], x, same, inputs):
+    """What a scan over stacked layers computes, of layers with parameters of their own."""
+    after = []
+    for layer, own in enumerate(apart):
+        mine = jax.tree.map(lambda leaf, layer=layer: leaf[layer], inputs)
+        x, memory = group.apply({"params": own}, x, same, mine)
+        after.append(memory)
+    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *after)
+
+
 class BankQFormer(nn.Module):
     """Reads a chunk of frames, one after the other; what it offers is what ``QFormer`` does."""
 
@@ -137,14 +148,19 @@ class BankQFormer(nn.Module):
         queries_real = jnp.ones((len(x), c.num_queries), bool)
         real = jnp.concatenate([queries_real, text_mask], axis=1)
         projections = self.frame_projection.weights()
-        groups = nn.scan(
-            rematerialised(BankGroup, self.remat),
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, 0),
-            length=c.num_cross_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, deterministic, name="groups")
+        apart: Any = self.get_variable("params", "groups")
+        if isinstance(apart, tuple):  # see params.unstacked
+            group = BankGroup(c, deterministic, parent=None)
+            groups: Any = functools.partial(_one_after_another, group, apart)
+        else:
+            groups = nn.scan(
+                rematerialised(BankGroup, self.remat),
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(nn.broadcast, 0),
+                length=c.num_cross_layers,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(c, deterministic, name="groups")
 
         def read_frame(groups, memory, frame, valid):
             """One frame, [B / k, P, V]: the memory after it, and its query rows."""
@@ -160,14 +176,9 @@ class BankQFormer(nn.Module):
         count = valid.shape[1]
         if count > 1:
             before = valid & (jnp.arange(count) < last[:, None])
-            walk = nn.scan(
-                read_memory_only,
-                variable_broadcast="params",
-                split_rngs={"params": False, "dropout": True},
-                in_axes=1,
-            )
             # In the last place of a chunk no frame comes before the last one.
-            memory, _ = walk(groups, memory, features[:, :-1], before[:, :-1])
+            given = features[:, :-1], before[:, :-1]
+            memory, _ = one_by_one(read_memory_only, groups, memory, given, (1, 1))
         newest = jnp.take_along_axis(features, last[::share, None, None, None], axis=1)[:, 0]
         valid = jnp.take_along_axis(valid, last[:, None], axis=1)[:, 0]
         memory, queries = read_frame(groups, memory, newest, valid)

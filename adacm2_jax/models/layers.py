@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -58,6 +59,27 @@ def wide(x: jax.Array) -> jax.Array:
 def rematerialised(layer: type[nn.Module], remat: bool) -> type[nn.Module]:
     """A layer to be scanned over; with ``remat`` it keeps no activations for the backward pass."""
     return nn.remat(layer, prevent_cse=False) if remat else layer
+
+
+def one_by_one(
+    body: Callable, layers: Any, carry: Any, frames: tuple, axes: tuple[int, ...]
+) -> tuple[Any, Any]:
+    """Scans ``body(layers, carry, *frame)`` over frames; what comes of them is stacked in front.
+
+    Args:
+      layers: a module, or a function that has its parameters.
+      frames: arrays, each with the frames along its one of the ``axes``.
+    """
+    if isinstance(layers, nn.Module):
+        loop = nn.scan(
+            body,
+            variable_broadcast="params",
+            split_rngs={"params": False, "dropout": True},
+            in_axes=axes,
+        )
+        return loop(layers, carry, *frames)
+    in_front = [jnp.moveaxis(leaf, axis, 0) for leaf, axis in zip(frames, axes, strict=True)]
+    return jax.lax.scan(lambda carry, frame: body(layers, carry, *frame), carry, in_front)
 
 
 class Dense(nn.Module):

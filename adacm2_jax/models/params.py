@@ -92,9 +92,8 @@ def join_params(learned: dict, frozen: dict) -> dict:
     return traverse_util.unflatten_dict({**learned, **frozen}, sep="/")
 
 
-#: Whose parameters are stacked over layers, and taken apart for answering.
+#: Large parameters that are stacked over layers; for answering they are read layer by layer.
 STACKS = (("vision", "blocks"), ("llm", "layers"))
-_QFORMER = ("qformer", "groups")
 
 
 class Layers(list):
@@ -105,22 +104,18 @@ class Layers(list):
         return self[0].dtype
 
 
-def unstacked(params: dict, qformer: bool = False) -> dict:
+def unstacked(params: dict) -> dict:
     """The parameters as answering is fastest: each layer with its own.
 
     A loop over stacked layers copies each layer's weights out of the stack: in the language model
     for every token (``benchmarks/decode_step.py``), in the ViT and the Q-Former for every chunk.
-    The Q-Former's are small, and a program that loops over its layers is a sixth of one that does
-    not.
 
     Args:
       params: of a model or of some of its parts, or their shapes. Its stacked arrays are used up,
         one after the other, so that no more than one of them is held twice; what is :class:`Layers`
         stays.
-      qformer: also the Q-Former's: for ``model.fused_memory``, with which they follow one another
-        in the program anyway.
     """
-    for part, name in (*STACKS, _QFORMER) if qformer else STACKS:
+    for part, name in (*STACKS, ("qformer", "groups")):
         if part not in params:
             continue
         leaves, structure = jax.tree.flatten(_cast_biases(params[part][name]))

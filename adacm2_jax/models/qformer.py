@@ -41,6 +41,7 @@ from adacm2_jax.models.layers import (
     attention,
     embedding,
     fan_in,
+    one_by_one,
     param,
     rematerialised,
 )
@@ -433,14 +434,6 @@ class QFormer(nn.Module):
             return retain_together(memory, retention, key.shape[-2], valid), queries[:, 0]
 
         # What a layer keeps of a frame is known when all have read it: no loop may be swapped.
-        one_by_one = nn.scan(
-            read_one,
-            variable_broadcast="params",
-            split_rngs={"params": False, "dropout": True},
-            in_axes=(1, 1, 0, 0),
-            out_axes=1,
-        )
-        memory, queries = one_by_one(
-            layers, memory, frames.key, frames.value, frames.index, frames.valid
-        )
-        return queries, memory
+        given = frames.key, frames.value, frames.index, frames.valid
+        memory, queries = one_by_one(read_one, layers, memory, given, (1, 1, 0, 0))
+        return jnp.moveaxis(queries, 0, 1), memory

@@ -8,7 +8,7 @@ import pytest
 
 from adacm2_jax.models.params import Layers, abstract_params, join_params, unstacked
 from adacm2_jax.runs.checkpoint import restore_params
-from adacm2_jax.runs.load import experiment_of, load_params
+from adacm2_jax.runs.load import experiment_of
 from adacm2_jax.sharding import make_mesh
 
 
@@ -34,15 +34,3 @@ def test_the_same_values_as_from_stacked_arrays(small_run, quantize):
     for one, other in zip(jax.tree.leaves(apart), jax.tree.leaves(together), strict=True):
         assert one.dtype == other.dtype and one.sharding == other.sharding
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
-
-
-def test_of_a_fused_memory_the_layers_of_the_q_former_are_apart_too(small_run):
-    plain = experiment_of(small_run)
-    fused = dataclasses.replace(plain, model=dataclasses.replace(plain.model, fused_memory=True))
-    stacked, apart = (load_params(each, small_run)["qformer"] for each in (plain, fused))
-    layers = apart.pop("groups")
-    assert isinstance(layers, tuple) and len(layers) == plain.model.qformer.num_cross_layers
-    together = jax.tree.map(lambda *own: np.stack(own), *layers)
-    groups = stacked.pop("groups")
-    jax.tree.map(np.testing.assert_array_equal, together, groups)
-    jax.tree.map(np.testing.assert_array_equal, apart, stacked)
