@@ -104,7 +104,7 @@ class Layers(list):
         return self[0].dtype
 
 
-def unstacked(params: dict) -> dict:
+def unstacked(params: dict, qformer: bool = True) -> dict:
     """The parameters as answering is fastest: each layer with its own.
 
     A loop over stacked layers copies each layer's weights out of the stack: in the language model
@@ -114,8 +114,10 @@ def unstacked(params: dict) -> dict:
       params: of a model or of some of its parts, or their shapes. Its stacked arrays are used up,
         one after the other, so that no more than one of them is held twice; what is :class:`Layers`
         stays.
+      qformer: also the Q-Former's. On several TPUs its layers stay in a loop, for which XLA needs
+        less memory: without one it keeps a second copy of them beside the loop over frames.
     """
-    for part, name in (*STACKS, ("qformer", "groups")):
+    for part, name in (*STACKS, ("qformer", "groups")) if qformer else STACKS:
         if part not in params:
             continue
         leaves, structure = jax.tree.flatten(_cast_biases(params[part][name]))

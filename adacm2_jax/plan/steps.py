@@ -179,7 +179,7 @@ def _stream(plan: Plan, mesh: Mesh) -> tuple[Any, tuple]:
         return read(model, params, encode(model, params, frames), valid, question, state)
 
     arguments = (
-        unstacked(plan_params(plan, mesh)),
+        unstacked(plan_params(plan, mesh), mesh.size == 1),
         rows(jnp.uint8, plan.frames, *_pixels(plan.model)),
         rows(bool, plan.frames),
         _question(plan, mesh, plan.model.max_text_len),
@@ -195,7 +195,7 @@ def _decode(plan: Plan, mesh: Mesh) -> tuple[Any, tuple]:
         return generate(model, params, state.queries, question, plan.generation)
 
     arguments = (
-        unstacked(plan_params(plan, mesh)),
+        unstacked(plan_params(plan, mesh), mesh.size == 1),
         stream_state(plan, mesh),
         _question(plan, mesh, plan.model.max_text_len),
     )

@@ -268,12 +268,11 @@ def load_params(experiment: Experiment, directory: str | os.PathLike) -> dict:
     if source is None:
         step = experiment.eval.step or None
         found = restore_params(directory, abstract, step, base=experiment.init_from, apart=apart)
-        return unstacked(join_params(found, {}))
-    return unstacked(
-        start_params(
-            source, experiment.model, abstract, experiment.init_missing, experiment.seed, apart
-        )
+        return unstacked(join_params(found, {}), apart)
+    params = start_params(
+        source, experiment.model, abstract, experiment.init_missing, experiment.seed, apart
     )
+    return unstacked(params, apart)
 
 
 def check_params(experiment: Experiment, directory: str | os.PathLike) -> None:

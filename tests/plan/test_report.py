@@ -12,7 +12,6 @@ from benchmarks._compiled import beside
 from benchmarks._hlo import frame_loops, read
 from tests import small
 from tests.plan.small import small_config, small_plan
-from tests.plan.test_flops import feed, frame, vit
 
 V5E = parse_topology("v5e:2x2")
 
@@ -60,10 +59,7 @@ def test_nothing_is_sent_inside_the_loop_over_frames(training, reading):
 def test_the_compiler_computes_no_row_twice(reading, mesh):
     found = beside(reading, mesh)
     assert found["sent_in_frame_loop"] == []
-    # Nobody reads what the last layer's feed-forward part makes of the text.
-    model = reading.plan.model
-    unread = feed(model, model.max_text_len) / (vit(model.vision) + frame(model))
-    assert 1 - unread <= found["flops_by_compiler"] < 1.1  # and elementwise arithmetic
+    assert 1 <= found["flops_by_compiler"] < 1.1  # elementwise arithmetic
 
 
 def test_a_report_is_told_in_words(training):
