@@ -8,8 +8,8 @@ makes them and as ``model.fused_memory`` does; those of a ViT block, and the lar
 block, with plain and with fused attention (``model.fused_vision``), and with biases and GELU in the
 products (``model.fused_epilogues``). Products are those of cuBLASLt everywhere: on a card XLA
 chooses by timing, without epilogues among its own kernels, too. Exits with 1 if fused attention
-leaves an array of all logits, if a GELU stands outside of its product, or if the memory has more
-kernels than it had. Needs jax[cuda12].
+leaves an array of all logits, if a GELU stands outside of its product, or if there are more kernels
+than there were. Needs jax[cuda12].
 """
 
 import math
@@ -34,6 +34,8 @@ CHUNK, WORDS = 16, 32
 #: Kernels a frame and layer of the memory, by preset and whether they are ours: what is there now,
 #: so that it does not grow.
 MOST_KERNELS = {("eq8", False): 28, ("eq6", False): 28, ("eq8", True): 3, ("eq6", True): 3}
+#: Of the ViT a block, by way, and of all that reads a chunk, by our kernels.
+MOST_A_BLOCK, MOST_A_CHUNK = {"fused": 10.2, "epilogues": 9.2}, 578
 _GROUPS = (("temporal_embed", 1.0), (".*", None))
 
 
@@ -118,6 +120,8 @@ def main() -> int:
         size, shape = largest(lines)
         count = len(_hlo.kernels(lines)) / config.vision.depth
         print(f"| ViT, by blocks | {way}, apart | {count:.1f} | {shape} | {size / 2**20:.0f} |")
+        if round(count, 1) > MOST_A_BLOCK[way]:
+            failures.append(f"ViT, {way}: {count:.1f} kernels a block, at most {MOST_A_BLOCK[way]}")
         inside = sum('"epilogue":"BIAS_GELU"' in line for line in lines)
         if config.fused_epilogues and inside != config.vision.depth:
             failures.append(f"{inside} of {config.vision.depth} GELUs are within a product")
@@ -138,6 +142,8 @@ def main() -> int:
         if ours:
             whole = len(_hlo.kernels(lines))
             print(f"| reading a chunk, {preset} | fused, apart | {whole} | | |")
+            if whole > MOST_A_CHUNK:
+                failures.append(f"{preset}: a chunk takes {whole} kernels, at most {MOST_A_CHUNK}")
         way = "fused" if ours else "plain"
         print(
             f"| memory, {preset} | {way} | {count:g} | {shape} | {size / 2**20:.1f} |", flush=True

@@ -114,8 +114,8 @@ def unstacked(params: dict, qformer: bool = True) -> dict:
       params: of a model or of some of its parts, or their shapes. Its stacked arrays are used up,
         one after the other, so that no more than one of them is held twice; what is :class:`Layers`
         stays.
-      qformer: also the Q-Former's. On several TPUs its layers stay in a loop, for which XLA needs
-        less memory: without one it keeps a second copy of them beside the loop over frames.
+      qformer: also the Q-Former's. On several devices its layers stay in a loop: compiled for
+        sixteen TPUs, policies ``merge`` and ``full`` need more memory without one.
     """
     for part, name in (*STACKS, ("qformer", "groups")) if qformer else STACKS:
         if part not in params:

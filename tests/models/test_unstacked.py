@@ -101,6 +101,7 @@ def test_the_q_former_is_the_same(memory, fused):
 
         one, other = read(params), read(unstacked(jax.tree.map(jnp.asarray, params)))
     assert jax.tree.structure(one) == jax.tree.structure(other)
+    # The same sums of at most some hundred terms, a few after one another, in another order.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), one, other)
 
 
